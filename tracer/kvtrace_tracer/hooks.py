@@ -1,0 +1,423 @@
+"""The hooks on a vLLM V1 scheduler: requests, steps, lookups, and when to commit.
+
+Every hook calls the engine's own function exactly once, outside any ``try``, and returns what it returned; what the
+recorder does around it can fail only the recording. The hooks are set on the *instance*, so that pools and schedulers
+of other engines in the process stay as they are, and are bound closures with the engine's own signatures: a generic
+``*args`` wrapper is a visible cost on the block-level calls.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from array import array
+from collections.abc import Callable
+from itertools import compress
+from typing import Any
+
+from kvtrace_traces.schema import (
+    EXT_OPS,
+    FINISH_REASONS,
+    INEXACT,
+    NO_REQUEST,
+    OPS,
+    REQUEST_NO_READ,
+    SCHED_BIG,
+    SCHED_COUNTS,
+    SCHED_FULL,
+    SCHED_WIDE,
+)
+
+from kvtrace_tracer import header as headers
+from kvtrace_tracer.identity import EngineChain, OwnChain, tenant
+from kvtrace_tracer.log import Log
+from kvtrace_tracer.state import ADMITTING, OUTSIDE, RUNNING, UPDATING, Entry, State
+
+BEGIN, SCHED, OUTPUT = OPS["BEGIN"].code, OPS["SCHED"].code, OPS["OUTPUT"].code
+LOOKUP, FINISH, CHAIN, KEY = OPS["LOOKUP"].code, OPS["FINISH"].code, OPS["CHAIN"].code, OPS["KEY"].code
+MAX_DELTA = 1 << 28
+_REQUEST = struct.Struct("<qdIIiIQII")  # the fixed part of EXT REQ; see schema.EXT_OPS
+_REASONS = {name: code for code, name in enumerate(FINISH_REASONS)}
+_INEXACT = {name: code for code, name in enumerate(INEXACT)}
+
+
+class Hooks:
+    """The hooks on one ``scheduler``; :meth:`remove` takes them off again."""
+
+    def __init__(
+        self, scheduler: Any, log: Log, header: dict[str, Any], chain: EngineChain | OwnChain, key: bytes
+    ) -> None:
+        self.scheduler = scheduler
+        self.manager = scheduler.kv_cache_manager
+        self.log = log
+        self.chain = chain
+        self.key = key
+        self.state = State()
+        self.clock_ns: int = header["clock_monotonic_ns"]
+        self.full_sets = "speculative-decoding" in header["inexact"]
+        self.priority = str(header["scheduler"]["policy"]) == "priority"
+        self.lookups_counted = _lookup_predicate(self.manager)
+        self._inexact = set(header["inexact"])
+        self._patched: list[tuple[Any, str, Any]] = []
+        exact = headers.follows_tables(header)
+        self.tables = self.manager.coordinator.single_type_managers[0].req_to_blocks if exact else None
+        self._install()
+        if exact:
+            from kvtrace_tracer.blocks import install
+        else:
+            from kvtrace_tracer.blocks_explicit import install
+        install(self)
+        self.frame()
+
+    def patch(self, target: Any, name: str, make: Callable[[Any], Callable[..., Any]]) -> None:
+        """Replace ``target.name``, if there is one, by ``make(original)`` on this instance."""
+        original = getattr(target, name, None)
+        if original is None:
+            return
+        hook = make(original)
+        setattr(target, name, hook)
+        self._patched.append((target, name, hook))
+
+    def remove(self) -> None:
+        """Give the engine its own functions back, but for those that someone else has replaced since."""
+        for target, name, hook in reversed(self._patched):
+            if target.__dict__.get(name) is hook:
+                delattr(target, name)
+        self._patched.clear()
+
+    def inexact(self, name: str) -> None:
+        """Say in the log that the trace is inexact from here on."""
+        if name not in self._inexact:
+            self._inexact.add(name)
+            self.log.ext("INEXACT", _INEXACT[name])
+
+    # ---------------------------------------------------------------- what closures append
+
+    def grow(self, entry: Entry, request: Any, stop: int) -> None:
+        """Log the chain of ``request`` up to ``stop`` granules."""
+        start = entry.chain
+        if stop > start:
+            words = self.log.words
+            words.append(entry.number << 4 | CHAIN)
+            words.append(stop - start)
+            words.frombytes(self.chain.entries(request, start, stop, entry.link))
+            entry.chain = stop
+
+    def stamp(self, op: int, now: int) -> None:
+        """Append ``op`` (BEGIN or OUTPUT), whose operand is the time since the last one."""
+        state = self.state
+        delta = now - state.time
+        if not 0 <= delta < MAX_DELTA:
+            self.log.ext("TIME", now & 0xFFFFFFFF, now >> 32)
+            delta = 0
+        state.time = now
+        self.log.words.append(delta << 4 | op)
+
+    def frame(self) -> None:
+        """Start a frame: all that later operations are relative to. See ``KEY`` in the schema."""
+        state, words = self.state, self.log.words
+        self.log.begin_frame()
+        state.running, state.waiting = self._counts()
+        requests = self.scheduler.requests
+        events = self.log.events
+        words.append(len(state.last) << 4 | KEY)
+        now = state.time
+        words.extend((now & 0xFFFFFFFF, now >> 32, state.step, state.requests, events & 0xFFFFFFFF, events >> 32))
+        held = []
+        tables = self.tables or {}
+        for rid, entry in state.entries.items():
+            blocks = len(tables.get(rid, ()))
+            if blocks or entry.chain != entry.prompt:
+                held += (entry.number, blocks, entry.filled, entry.chain)
+        words.extend((state.running, state.waiting, len(state.steps), len(held) // 4))
+        for rid, tokens in state.last.items():
+            entry, request = state.entries.get(rid), requests.get(rid)
+            number = NO_REQUEST if entry is None else entry.number
+            words.extend((number, tokens, max(0, request.num_computed_tokens - tokens) if request else 0))
+        words.extend(held)
+
+    def _counts(self) -> tuple[int, int]:
+        scheduler = self.scheduler
+        count = getattr(scheduler, "get_request_counts", None)
+        if count is not None:
+            running, waiting = count()
+            return running, waiting
+        return len(scheduler.running), len(scheduler.waiting)
+
+    # ---------------------------------------------------------------- requests and steps
+
+    def _install(self) -> None:
+        scheduler, log, state = self.scheduler, self.log, self.state
+        clock, zero = time.monotonic_ns, self.clock_ns
+        stamp, after_schedule = self.stamp, self._after_schedule
+
+        def make_schedule(original: Any) -> Any:
+            def schedule(*args: Any, **kwargs: Any) -> Any:
+                try:
+                    stamp(BEGIN, clock() - zero)
+                    state.phase = RUNNING
+                except Exception as error:
+                    log.fail(error)
+                output = original(*args, **kwargs)
+                if not log.closed:
+                    try:
+                        after_schedule(output)
+                    except Exception as error:
+                        log.fail(error)
+                return output
+
+            return schedule
+
+        def make_update(original: Any) -> Any:
+            def update_from_output(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+                try:
+                    self._output(scheduler_output, clock() - zero)
+                except Exception as error:
+                    log.fail(error)
+                result = original(scheduler_output, *args, **kwargs)
+                if not log.closed:
+                    try:
+                        state.phase = OUTSIDE
+                        log.commit()
+                        if log.key_due:
+                            self.frame()
+                    except Exception as error:
+                        log.fail(error)
+                return result
+
+            return update_from_output
+
+        def make_add(original: Any) -> Any:
+            def add_request(request: Any, *args: Any, **kwargs: Any) -> Any:
+                result = original(request, *args, **kwargs)
+                if not log.closed:
+                    try:
+                        self._arrive(request)
+                    except Exception as error:
+                        log.fail(error)
+                return result
+
+            return add_request
+
+        def make_finish(original: Any) -> Any:
+            def _free_request(request: Any, *args: Any, **kwargs: Any) -> Any:
+                try:
+                    self._finish(request)
+                except Exception as error:
+                    log.fail(error)
+                return original(request, *args, **kwargs)
+
+            return _free_request
+
+        def make_shutdown(original: Any) -> Any:
+            def shutdown(*args: Any, **kwargs: Any) -> Any:
+                log.close()
+                return original(*args, **kwargs)
+
+            return shutdown
+
+        def make_lookup(original: Any) -> Any:
+            counted, entries, words, looked = self.lookups_counted, state.entries, log.words, state.looked
+
+            def get_computed_blocks(request: Any) -> Any:
+                found = original(request)
+                try:
+                    entry = entries[request.request_id]
+                    words.append(entry.number << 4 | LOOKUP)
+                    words.append(request.num_tokens)
+                    words.append(found[1] + 1 if counted(request) else 0)
+                    entry.filled = 0
+                    state.admitted = entry
+                    state.phase = ADMITTING
+                    looked.append(request.request_id)
+                except Exception as error:
+                    log.fail(error)
+                return found
+
+            return get_computed_blocks
+
+        self.patch(scheduler, "schedule", make_schedule)
+        self.patch(scheduler, "update_from_output", make_update)
+        self.patch(scheduler, "add_request", make_add)
+        self.patch(scheduler, "_free_request", make_finish)
+        self.patch(scheduler, "shutdown", make_shutdown)
+        self.patch(self.manager, "get_computed_blocks", make_lookup)
+
+    def _arrive(self, request: Any) -> None:
+        state, rid = self.state, request.request_id
+        if rid in state.entries or getattr(request, "resumable", False):
+            self.inexact("streaming-session")
+            if rid in state.entries:
+                return
+        entry = state.entries[rid] = Entry(state.requests)
+        state.requests += 1
+        name = rid.encode()[:4096]
+        name += b"\0" * (-len(name) % 4)
+        lora = getattr(request, "lora_request", None)
+        owner = tenant(self.key, getattr(lora, "lora_name", None), getattr(request, "cache_salt", None))
+        fixed = _REQUEST.pack(
+            time.monotonic_ns() - self.clock_ns,
+            request.arrival_time,
+            request.num_prompt_tokens,
+            min(int(request.max_tokens), 0x7FFFFFFF),
+            max(-(1 << 31), min(int(getattr(request, "priority", 0)), (1 << 31) - 1)),
+            REQUEST_NO_READ if getattr(request, "skip_reading_prefix_cache", False) else 0,
+            int.from_bytes(owner, "little"),
+            0,
+            min(len(rid.encode()), 4096),
+        )
+        self.log.ext("REQ")
+        words = self.log.words
+        words[-1] = 15 | (EXT_OPS["REQ"].code | (len(fixed) + len(name)) // 4 << 8) << 4
+        words.frombytes(fixed)
+        words.frombytes(name)
+        if getattr(request, "prompt_embeds", None) is not None and isinstance(self.chain, OwnChain):
+            self.inexact("prompt-embeddings")
+        self.grow(entry, request, request.num_prompt_tokens // self.chain.granule)
+        entry.prompt = entry.chain
+
+    def _finish(self, request: Any) -> None:
+        state = self.state
+        entry = state.entries.get(request.request_id)
+        if entry is None:
+            return
+        self.grow(entry, request, request.num_tokens // self.chain.granule)
+        reason = request.get_finished_reason()
+        name = "other" if reason is None else str(reason).lower()
+        if state.phase == OUTSIDE:  # an abort between steps
+            now = time.monotonic_ns() - self.clock_ns
+            self.log.ext("TIME", now & 0xFFFFFFFF, now >> 32)
+            state.time = now
+        self.log.words.extend(
+            (entry.number << 4 | FINISH, _REASONS.get(name, _REASONS["other"]), request.num_output_tokens)
+        )
+        state.gone.append(request.request_id)
+
+    def _output(self, output: Any, now: int) -> None:
+        state = self.state
+        state.phase = UPDATING
+        steps = state.steps
+        if not output.num_scheduled_tokens or not any(step is output for step in steps):
+            return
+        if steps[0] is not output:
+            skipped = next(i for i, step in enumerate(steps) if step is output)
+            self.log.ext("SKIP", skipped)
+            del steps[:skipped]
+        del steps[0]
+        self.stamp(OUTPUT, now)
+
+    def _after_schedule(self, output: Any) -> None:
+        state, words = self.state, self.log.words
+        scheduled = output.num_scheduled_tokens
+        flags = 0
+        named: list[str] = []
+        if state.gone or state.looked or state.special or scheduled != state.last or self.full_sets:
+            flags, named = self._difference(scheduled)
+        running, waiting = self._counts()
+        if running != state.running or waiting != state.waiting:
+            flags |= SCHED_COUNTS
+        owners = self._owners(output) if state.pending else None
+        wide = False
+        if owners:
+            base = min(owners)
+            wide = max(owners) - base > 0xFFFF
+            flags |= SCHED_WIDE * wide
+        count, owned = len(named), len(owners) if owners else 0
+        if count > 0xFFF or owned > 0xFFF:
+            words.extend(((flags | SCHED_BIG) << 4 | SCHED, count, owned))
+        else:
+            words.append((owned << 16 | count << 4 | flags) << 4 | SCHED)
+        words.append(self.manager.block_pool.free_block_queue.num_free_blocks)
+        if flags & SCHED_COUNTS:
+            words.append(running)
+            words.append(waiting)
+            state.running, state.waiting = running, waiting
+        if named:
+            requests, entries = self.scheduler.requests, state.entries
+            for rid in named:
+                tokens = scheduled[rid]
+                words.extend((entries[rid].number, tokens, max(0, requests[rid].num_computed_tokens - tokens)))
+        if owners:
+            if wide:
+                words.extend(owners)
+            else:
+                words.append(base)
+                offsets = array("H", [owner - base for owner in owners])
+                if len(offsets) & 1:
+                    offsets.append(0)
+                words.frombytes(offsets.tobytes())
+        state.last = scheduled
+        state.phase = OUTSIDE
+        state.admitted = None
+        if scheduled:
+            state.step += 1
+            state.steps.append(output)
+
+    def _difference(self, scheduled: dict[str, int]) -> tuple[int, list[str]]:
+        """What the reader cannot guess of the scheduled set: flags and the ids to name."""
+        state = self.state
+        expected = dict.fromkeys(state.last, 1)
+        for rid in state.gone:
+            expected.pop(rid, None)
+        named = [rid for rid in state.special if rid in scheduled and rid in expected]
+        named += [rid for rid in dict.fromkeys(state.looked) if rid in scheduled and rid not in expected]
+        for rid in named:
+            expected[rid] = scheduled[rid]
+        state.gone.clear()
+        state.looked.clear()
+        flags = 0
+        if self.full_sets or expected != scheduled:
+            flags, named = SCHED_FULL, list(scheduled)
+        state.special = [rid for rid in named if scheduled[rid] != 1]
+        return flags, named
+
+    def _owners(self, output: Any) -> list[int]:
+        """The owners of the running queue's allocations, in order: the engine lists the new blocks by request."""
+        state = self.state
+        pending, entries = state.pending, state.entries
+        cached = output.scheduled_cached_reqs
+        ids, new = cached.req_ids, cached.new_block_ids
+        owners: list[int] = []
+        at, count = 0, len(pending)
+        for i in compress(range(len(new)), new):
+            blocks = new[i][0]
+            if blocks and blocks[0] == pending[at]:
+                owners.append(entries[ids[i]].number)
+                at += 1
+                if at == count:
+                    break
+        if at != count:
+            owners = self.search_owners()
+        pending.clear()
+        return owners
+
+    def search_owners(self) -> list[int]:
+        """The owners of the pending allocations by looking through the block tables: slow, and always right."""
+        state = self.state
+        holder: dict[int, int] = {}
+        for rid, table in (self.tables or {}).items():
+            entry = state.entries.get(rid)
+            if entry is not None:
+                for block in table:
+                    holder[block.block_id] = entry.number
+        owners = [holder.get(block, NO_REQUEST) for block in state.pending]
+        if NO_REQUEST in owners:
+            self.inexact("unattributed-blocks")
+        return owners
+
+
+def _lookup_predicate(manager: Any) -> Callable[[Any], bool]:
+    """Whether a lookup of a request reads the prefix cache, which is when vLLM counts it."""
+    own = getattr(manager, "prefix_cache_lookup_enabled", None)
+    if own is not None:
+        return own  # type: ignore[no-any-return]
+    if not manager.enable_caching:
+        return lambda request: False
+
+    def enabled(request: Any) -> bool:
+        skip = getattr(request, "skip_reading_prefix_cache", None)
+        if skip is None:  # up to 0.11: prompt log-probabilities need the whole prefill
+            skip = getattr(request.sampling_params, "prompt_logprobs", None) is not None
+        return not skip
+
+    return enabled

@@ -1,0 +1,88 @@
+"""Names for the content of blocks that give nothing away.
+
+The log must tell equal prefixes from different ones and nothing else. vLLM's own block hashes start from a public seed,
+so that whoever holds them can test guesses at a prompt; each is therefore hashed again with a secret key that is
+not in the log. Where the engine makes no hashes, or only at a coarser stride, the chain is made here from token ids.
+"""
+
+from __future__ import annotations
+
+from array import array
+from hashlib import blake2b
+from typing import Any
+
+DIGEST_BYTES = 8
+
+
+class EngineChain:
+    """Identities from the engine's own chained hashes, of which every ``stride``-th is taken."""
+
+    def __init__(self, key: bytes, granule: int, hash_block_size: int) -> None:
+        self._key = key
+        self.granule = granule
+        self._stride = granule // hash_block_size
+
+    def entries(self, request: Any, start: int, stop: int, state: list[Any]) -> bytes:
+        """Chain entries ``start`` to ``stop`` (in granules) of a vLLM request, 8 bytes each."""
+        key, stride = self._key, self._stride
+        hashes = request.block_hashes
+        return b"".join(
+            [
+                blake2b(key + _as_bytes(hashes[i * stride - 1]), digest_size=DIGEST_BYTES).digest()
+                for i in range(start + 1, stop + 1)
+            ]
+        )
+
+
+class OwnChain:
+    """Identities from token ids, chained, at a stride of ``granule`` tokens.
+
+    ``extra_keys(request, start, end)``: what makes equal tokens different for the engine (adapter, salt, images).
+    ``state``: per request, the last link ``[bytes]``; empty at first.
+    """
+
+    def __init__(self, key: bytes, granule: int, extra_keys: Any) -> None:
+        self._key = key
+        self.granule = granule
+        self._extra_keys = extra_keys
+
+    def entries(self, request: Any, start: int, stop: int, state: list[Any]) -> bytes:
+        """As :meth:`EngineChain.entries`. ``start`` must be where the last call for the request stopped."""
+        granule, extra_keys = self.granule, self._extra_keys
+        link = state[0] if state else self._key
+        tokens = array("i", request.all_token_ids[start * granule : stop * granule]).tobytes()
+        plain = _no_extra_keys(request)
+        out = []
+        size = granule * 4
+        for i in range(stop - start):
+            content = tokens[i * size : (i + 1) * size]
+            if not plain:
+                at = (start + i) * granule
+                content += repr(extra_keys(request, at, at + granule)).encode()
+            link = blake2b(link + content, digest_size=16).digest()
+            out.append(blake2b(self._key + link, digest_size=DIGEST_BYTES).digest())
+        state[:] = [link]
+        return b"".join(out)
+
+
+def tenant(key: bytes, lora: str | None, salt: str | None) -> bytes:
+    """Eight bytes that tell tenants (adapter and cache salt) apart; zeros for neither."""
+    if lora is None and salt is None:
+        return bytes(8)
+    return blake2b(key + repr((lora, salt)).encode(), digest_size=DIGEST_BYTES).digest()
+
+
+def _no_extra_keys(request: Any) -> bool:
+    return (
+        not getattr(request, "mm_features", None)
+        and getattr(request, "lora_request", None) is None
+        and getattr(request, "cache_salt", None) is None
+    )
+
+
+def _as_bytes(block_hash: Any) -> bytes:
+    """Older engines keep a block hash as an integer, or as a tuple with the integer in front."""
+    if isinstance(block_hash, bytes):
+        return block_hash
+    value = getattr(block_hash, "hash_value", block_hash)
+    return value if isinstance(value, bytes) else int(value).to_bytes(40, "little", signed=True)

@@ -1,0 +1,109 @@
+"""The recorder's end of the log: a buffer of 32-bit words, committed once a step."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from array import array
+from collections.abc import Callable
+from typing import Any
+
+from kvtrace_traces import wire
+from kvtrace_traces.schema import EXT_OPS, LOSS_REASONS
+from kvtrace_traces.writer import LogWriter, Stopped
+
+FRAME_BYTES = 1 << 19
+_EXT = 15
+_logger = logging.getLogger("vllm.kvtrace")
+
+
+class Log:
+    """Where hooks append operations (``words``) and what makes them durable (:meth:`commit`).
+
+    Knows nothing of the engine, so that an engine can be freed while its log is still open. ``events`` counts the block
+    rows that were emitted.
+    """
+
+    def __init__(self, writer: LogWriter, clock_ns: int, on_stop: Callable[[], None]) -> None:
+        self.words = array("I")
+        self.events = 0
+        self.key_due = True
+        self.closed = False
+        self._writer = writer
+        self._clock_ns = clock_ns
+        self._on_stop = on_stop
+        self._flags = 0
+        self._since_key = 0
+        self._committed_events = 0
+
+    def ext(self, name: str, *words: int) -> None:
+        """Append one of the rarer operations."""
+        self.words.append(_EXT | (EXT_OPS[name].code | len(words) << 8) << 4)
+        self.words.extend(words)
+
+    def begin_frame(self) -> None:
+        """The operations appended next start a frame. Only right after a commit."""
+        self._flags = wire.KEY
+        self._since_key = 0
+        self.key_due = False
+
+    def commit(self) -> None:
+        """Hand the operations so far to the kernel. Raises :class:`Stopped` when the log is full."""
+        body = self.words.tobytes()
+        if not body:
+            return
+        del self.words[:]
+        self._writer.write(wire.OPS, self._flags, body)
+        self._committed_events = self.events
+        self._flags = 0
+        self._since_key += len(body)
+        if self._since_key > FRAME_BYTES:
+            self.key_due = True
+            self._writer.rotate()
+
+    def fail(self, error: BaseException) -> None:
+        """End recording after an error of the disk or of ours: one line in the server's log, serving goes on."""
+        if self.closed:
+            return
+        self.closed = True
+        reason = error.reason if isinstance(error, Stopped) else "bug"
+        assert reason in LOSS_REASONS
+        detail = str(error) if reason != "bug" else f"{type(error).__name__}: {error}"
+        try:
+            self._on_stop()
+            loss = {
+                "reason": reason,
+                "time_ns": time.monotonic_ns() - self._clock_ns,
+                "commits": 1,
+                "events": self.events - self._committed_events,
+                "detail": detail[:400],
+            }
+            self._writer.lose(loss)
+            self._writer.close(None)
+        except Exception as second:
+            detail = f"{detail}; then {type(second).__name__}: {second}"
+        _logger.error("kvtrace: recording ended (%s): %s. Serving goes on.", reason, detail)
+        _logger.debug("kvtrace: where it happened", exc_info=error)
+
+    def close(self) -> None:
+        """Commit what is left, write the end record and close the file. Idempotent; never raises."""
+        if self.closed:
+            return
+        if self._writer.pid != os.getpid():
+            self.abandon()
+            return
+        try:
+            self.commit()
+            self.closed = True
+            self._on_stop()
+            now = time.monotonic_ns() - self._clock_ns
+            self._writer.close({"time_ns": now, "commits": self._writer.commits, "events": self.events})
+        except Exception as error:
+            self.fail(error)
+
+    def abandon(self) -> None:
+        """In a forked child: the log belongs to the parent."""
+        self.closed = True
+        self._writer.abandon()
+        self._on_stop()

@@ -1,0 +1,53 @@
+"""What the hooks of one engine share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+OUTSIDE, RUNNING, ADMITTING, UPDATING = 0, 1, 2, 3
+"""Where the scheduler is: outside a call, serving its running queue, admitting the request looked up last, or taking
+in a step's output."""
+
+
+class Entry:
+    """What the tracer knows of a request: its number, identities logged (of the prompt alone, and in all), blocks
+    cached, state of its own chain."""
+
+    __slots__ = ("chain", "filled", "link", "number", "prompt")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.chain = 0
+        self.filled = 0
+        self.prompt = 0
+        self.link: list[Any] = []
+
+
+class State:
+    """Mutable state of one recorder. ``last``: the scheduled set of the last call, request id -> tokens.
+
+    ``special``: ids in ``last`` with another number of tokens than one; ``gone``: ids finished or preempted since;
+    ``looked``: ids looked up in this call; ``pending``: first block of each allocation whose owner is not told yet;
+    ``steps``: scheduler outputs without a model output, oldest first.
+    """
+
+    __slots__ = (
+        "admitted", "entries", "gone", "last", "looked", "pending", "phase", "requests", "running", "special", "step",
+        "steps", "time", "waiting",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Entry] = {}
+        self.requests = 0
+        self.last: dict[str, int] = {}
+        self.special: list[str] = []
+        self.gone: list[str] = []
+        self.looked: list[str] = []
+        self.pending: list[int] = []
+        self.admitted: Entry | None = None
+        self.phase = OUTSIDE
+        self.step = 0
+        self.steps: list[Any] = []
+        self.running = -1
+        self.waiting = -1
+        self.time = 0

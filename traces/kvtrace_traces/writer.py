@@ -1,0 +1,308 @@
+"""Writes the commits of a ``.kvt`` file so that they outlive the process. Standard library only.
+
+A serving process is often ended by a signal that runs no exit hook, so what is only buffered is lost. The writer
+therefore copies every commit into a shared mapping of the file: from then on the kernel owns the bytes, at the price
+of a memory copy and without a system call. The mapping is a row of *windows*, allocated on disk ahead of time by
+a background thread (``posix_fallocate``: a full disk is an error there, where a sparse mapping would kill the process
+with SIGBUS). The serving thread never waits: without a window the commits queue up to a bound, then recording ends.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from kvtrace_traces import wire
+
+WINDOW_BYTES = 1 << 20
+WINDOWS_AHEAD = 4
+QUEUE_BYTES = 64 << 20
+RESERVE_BYTES = 1024  # kept free at the end of what is allocated, for the record of a loss
+SEGMENT_BYTES = 4 << 30
+
+
+class Stopped(Exception):
+    """The log cannot grow any more. ``reason`` is one of ``schema.LOSS_REASONS``."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+class _File:
+    """A file that grows by windows. The background thread allocates, truncates and closes; the owner only writes."""
+
+    def __init__(self, path: str, window_bytes: int) -> None:
+        self.path = path
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        self.window_bytes = window_bytes
+        self.allocated = 0
+        self.ahead: deque[mmap.mmap] = deque()
+
+    def window(self) -> mmap.mmap:
+        start = self.allocated
+        os.posix_fallocate(self.fd, start, self.window_bytes)
+        self.allocated = start + self.window_bytes
+        return mmap.mmap(self.fd, self.window_bytes, offset=start)
+
+    def close(self, size: int) -> None:
+        for window in self.ahead:
+            window.close()
+        os.ftruncate(self.fd, size)
+        os.close(self.fd)
+
+
+class LogWriter:
+    """A ``.kvt`` log under construction.
+
+    ``stem``: path without ``.kvt``; the first file is ``<stem>.kvt``, rotated ones ``<stem>.1.kvt`` and so on, each
+    created exclusively (:class:`FileExistsError`). ``header``: JSON object; ``segment`` is added. ``max_bytes``: bound
+    of the whole log. Not thread-safe but for its own background thread: one thread calls it.
+    """
+
+    def __init__(
+        self,
+        stem: str,
+        header: dict[str, Any],
+        max_bytes: int | None = None,
+        segment_bytes: int = SEGMENT_BYTES,
+        window_bytes: int = WINDOW_BYTES,
+    ) -> None:
+        self._stem = stem
+        self._header = header
+        self._max_bytes = max_bytes
+        self._segment_bytes = segment_bytes
+        self._window_bytes = window_bytes
+        self._segment = 0
+        self._seq = 0
+        self._done_bytes = 0  # of finished segments
+        self.commits = 0
+        self.pid = os.getpid()
+        self._error: OSError | None = None
+        self._wake = threading.Event()
+        self._closing = False
+        self._queue: deque[bytes] = deque()
+        self._queued = 0
+        self._file = _File(stem + ".kvt", window_bytes)
+        try:
+            self._window = self._file.window()
+        except BaseException:
+            os.close(self._file.fd)
+            os.unlink(self._file.path)
+            raise
+        self._base = 0  # file offset of the window
+        self._pos = 0  # offset in the window
+        self._retired: deque[tuple[_File, int]] = deque()
+        self._next: _File | None = None
+        self._next_window: mmap.mmap | None = None
+        self._begin_segment()
+        self._thread = threading.Thread(target=self._allocate, name="kvtrace-writer", daemon=True)
+        self._thread.start()
+
+    # ---------------------------------------------------------------- the serving thread
+
+    def write(self, kind: int, flags: int, body: bytes) -> None:
+        """Commit ``body`` (length a multiple of 4). Raises :class:`Stopped` when the log cannot take it."""
+        size = wire.HEAD_BYTES + len(body)
+        if self._max_bytes is not None and self.bytes + size + RESERVE_BYTES > self._max_bytes:
+            raise Stopped("max-bytes", f"the log reached its bound of {self._max_bytes:,} bytes")
+        if self._queue or size + RESERVE_BYTES > self._room():
+            if self._error is not None:
+                raise Stopped("disk", f"{self._file.path}: {self._error.strerror}")
+            if self._queued + size > QUEUE_BYTES:
+                raise Stopped("stalled", f"{self._file.path}: the disk took nothing for {self._queued:,} bytes")
+            self._queue.append(wire.head(kind, flags, self._seq, body) + body)
+            self._queued += size
+            self._seq += 1
+            self.commits += 1
+            self._drain()
+            return
+        end = self._pos + size
+        if end <= self._window_bytes:
+            self._window[self._pos + wire.HEAD_BYTES : end] = body
+            self._window[self._pos : self._pos + wire.HEAD_BYTES] = wire.head(kind, flags, self._seq, body)
+            self._pos = end
+        else:
+            self._store(wire.head(kind, flags, self._seq, body) + body)
+        self._seq += 1
+        self.commits += 1
+
+    def rotate(self) -> bool:
+        """Go on in the next segment if this one is full and the next is ready. The caller writes a frame next."""
+        if self.segment_bytes < self._segment_bytes or self._queue or self._next_window is None:
+            return False
+        self.write(wire.NEXT, 0, b"")
+        size = self.segment_bytes
+        self._window.close()
+        self._retired.append((self._file, size))
+        self._done_bytes += size
+        assert self._next is not None
+        self._file, self._window = self._next, self._next_window
+        self._next, self._next_window = None, None
+        self._base = self._pos = 0
+        self._seq = 0
+        self._segment += 1
+        self._begin_segment()
+        self._wake.set()
+        return True
+
+    def lose(self, loss: dict[str, Any]) -> None:
+        """Record a loss, in the room that is kept for it. Does nothing where even that is gone."""
+        text = json.dumps(loss).encode()
+        body = text + b" " * (-len(text) % 4)
+        if not self._queue and wire.HEAD_BYTES + len(body) <= self._room():
+            self._store(wire.head(wire.LOSS, 0, self._seq, body) + body)
+            self._seq += 1
+
+    def close(self, end: dict[str, Any] | None) -> None:
+        """Write the end record (unless None), cut the file to its length and close it. Idempotent."""
+        if self._closing:
+            return
+        if end is not None and not self._queue:
+            text = json.dumps(end).encode()
+            body = text + b" " * (-len(text) % 4)
+            if wire.HEAD_BYTES + len(body) <= self._room():
+                self._store(wire.head(wire.END, 0, self._seq, body) + body)
+        self._closing = True
+        self._wake.set()
+        self._thread.join(timeout=5)
+        if self._thread.is_alive():
+            return  # the disk hangs: leave the file as a killed process would
+        self._window.close()
+        for file, size in self._retired:
+            file.close(size)
+        self._file.close(self.segment_bytes)
+        if self._next is not None:
+            self._next.close(0)
+            os.unlink(self._next.path)
+
+    def abandon(self) -> None:
+        """In a forked child: forget the log without touching the parent's file."""
+        self._closing = True
+        self._queue.clear()
+
+    @property
+    def segment_bytes(self) -> int:
+        """Bytes written to the current segment."""
+        return self._base + self._pos
+
+    @property
+    def bytes(self) -> int:
+        """Bytes written, queued ones included."""
+        return self._done_bytes + self._base + self._pos + self._queued
+
+    @property
+    def path(self) -> str:
+        """The file that is written now."""
+        return self._file.path
+
+    def _begin_segment(self) -> None:
+        self._store(wire.prefix())
+        text = json.dumps({**self._header, "segment": self._segment}).encode()
+        body = text + b" " * (-len(text) % 4)
+        self._store(wire.head(wire.HEADER, 0, self._seq, body) + body)
+        self._seq += 1
+
+    def _room(self) -> int:
+        return self._window_bytes - self._pos + len(self._file.ahead) * self._window_bytes
+
+    def _store(self, data: bytes) -> None:
+        """Copy ``data`` on, across windows; the caller has seen that there is room. Head last: see ``wire``."""
+        start, size = self._pos, len(data)
+        if start + size <= self._window_bytes:
+            self._window[start + wire.HEAD_BYTES : start + size] = data[wire.HEAD_BYTES :]
+            self._window[start : start + min(size, wire.HEAD_BYTES)] = data[: wire.HEAD_BYTES]
+            self._pos = start + size
+            return
+        windows = [self._window]
+        pieces = []
+        at, offset = 0, start
+        while at < size:
+            if offset == self._window_bytes:
+                windows.append(self._file.ahead.popleft())
+                self._base += self._window_bytes
+                offset = 0
+            n = min(size - at, self._window_bytes - offset)
+            pieces.append((windows[-1], offset, at, n))
+            at, offset = at + n, offset + n
+        for window, offset, at, n in reversed(pieces):
+            window[offset : offset + n] = data[at : at + n]
+        self._window, self._pos = windows[-1], pieces[-1][1] + pieces[-1][3]
+        for window in windows[:-1]:
+            window.close()
+        self._wake.set()
+
+    def _drain(self) -> None:
+        while self._queue and len(self._queue[0]) + RESERVE_BYTES <= self._room():
+            data = self._queue.popleft()
+            self._queued -= len(data)
+            self._store(data)
+        self._wake.set()
+
+    # ---------------------------------------------------------------- the background thread
+
+    def _allocate(self) -> None:
+        try:
+            while not self._closing:
+                while self._retired:
+                    retired, size = self._retired.popleft()
+                    retired.close(size)
+                file = self._file
+                if self._next_window is None and file.allocated >= self._segment_bytes:
+                    following = _File(f"{self._stem}.{self._segment + 1}.kvt", self._window_bytes)
+                    self._next = following
+                    self._next_window = following.window()
+                # A queued commit may be larger than all windows kept ahead.
+                while (
+                    len(file.ahead) < WINDOWS_AHEAD + self._queued // self._window_bytes
+                    and not self._closing
+                    and not self._beyond_bound(file)
+                ):
+                    file.ahead.append(file.window())
+                self._wake.wait(None if not self._queue else 0.05)
+                self._wake.clear()
+        except OSError as error:
+            self._error = error
+
+    def _beyond_bound(self, file: _File) -> bool:
+        if self._max_bytes is None:
+            return False
+        return self._done_bytes + file.allocated >= self._max_bytes + self._window_bytes
+
+
+def write_file(
+    path: str, header: dict[str, Any], bodies: Callable[[], Any], end: Callable[[], dict[str, Any]]
+) -> int:
+    """Write a whole log at once (an import, a simulated run): no mapping, no thread.
+
+    ``bodies()`` yields ``(flags, body)`` of OPS commits; ``end()`` is asked last. Returns the bytes written. The file
+    is created exclusively and removed again if anything fails.
+    """
+    with open(path, "xb") as file:
+        try:
+            seq = 0
+
+            def put(kind: int, flags: int, body: bytes) -> None:
+                nonlocal seq
+                file.write(wire.head(kind, flags, seq, body))
+                file.write(body)
+                seq += 1
+
+            def put_json(kind: int, content: dict[str, Any]) -> None:
+                text = json.dumps(content).encode()
+                put(kind, 0, text + b" " * (-len(text) % 4))
+
+            file.write(wire.prefix())
+            put_json(wire.HEADER, {**header, "segment": 0})
+            for flags, body in bodies():
+                put(wire.OPS, flags, body)
+            put_json(wire.END, end())
+            return file.tell()
+        except BaseException:
+            os.unlink(path)
+            raise
