@@ -216,6 +216,7 @@ def _follow(  # type: ignore[no-untyped-def]
     filled = np.zeros(len(tails), np.int32)
     freed_front = 0  # where the next block without identity of the running stretch of frees goes
     freed_before = np.int64(-1)
+    evicted_for = np.int64(-1)
     for row in range(len(kinds)):
         while next_at < len(at) and at[next_at] <= row:
             free_counts[next_at] = free
@@ -226,10 +227,13 @@ def _follow(  # type: ignore[no-untyped-def]
             freed_front = 0
         freed_before = request if kind == FREE else np.int64(-1)
         admitted = False
-        if (kind == ALLOCATE or kind == HIT) and request >= 0 and lengths[request] == 0:
-            admitted = True
-        elif kind == EVICT and request >= 0 and lengths[request] == 0:
-            admitted = row + 1 < len(kinds) and kinds[row + 1] == ALLOCATE and requests[row + 1] == request
+        if request >= 0 and lengths[request] == 0:
+            if kind == EVICT:  # to make room for the first block of a request
+                admitted = True
+                evicted_for = request
+            elif kind == ALLOCATE or kind == HIT:
+                admitted = evicted_for != request
+                evicted_for = np.int64(-1)
         if admitted and next_lookup < len(looked) and looked[next_lookup] == request:
             # The lookup was made in the pool as it stands here: before the request's first block changed it.
             cap = (asked[next_lookup] - 1) // block_size

@@ -16,10 +16,9 @@ def register() -> None:
     try:
         from kvtrace_tracer.settings import from_environment
 
-        settings = from_environment()
-        if settings is not None:
+        if from_environment() is not None:
             from kvtrace_tracer.arm import arm
 
-            arm(settings)
+            arm()
     except Exception as error:
         _log.error("kvtrace: not recording: %s", error)

@@ -12,19 +12,22 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from kvtrace_tracer.settings import Settings
+from kvtrace_tracer.settings import from_environment
 
 SCHEDULER_MODULE = "vllm.v1.core.sched.scheduler"
 _log = logging.getLogger("vllm.kvtrace")
 
 
-def arm(settings: Settings) -> None:
-    """Attach to schedulers made from now on. Idempotent: vLLM may load a plugin several times in a process."""
+def arm() -> None:
+    """Attach to schedulers made from now on, as the environment says when each is made.
+
+    Idempotent: vLLM may load a plugin several times in a process.
+    """
     module = sys.modules.get(SCHEDULER_MODULE)
     if module is not None and hasattr(module, "Scheduler"):
-        _patch(module, settings)
+        _patch(module)
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder(settings))
+        sys.meta_path.insert(0, _Finder())
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -32,9 +35,6 @@ class _Finder(importlib.abc.MetaPathFinder):
 
     The plugin is loaded before the scheduler is imported, and importing it here would change vLLM's import order.
     """
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -45,12 +45,12 @@ class _Finder(importlib.abc.MetaPathFinder):
         spec = importlib.util.find_spec(fullname)
         if spec is None or spec.loader is None:
             return spec
-        loader, execute, settings = spec.loader, spec.loader.exec_module, self.settings
+        loader, execute = spec.loader, spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
             try:
-                _patch(module, settings)
+                _patch(module)
             except Exception as error:
                 _log.error("kvtrace: not recording: %s", error)
 
@@ -58,7 +58,7 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
-def _patch(module: Any, settings: Settings) -> None:
+def _patch(module: Any) -> None:
     scheduler_class = module.Scheduler
     original = scheduler_class.__init__
     if getattr(original, "kvtrace_armed", False):
@@ -68,9 +68,11 @@ def _patch(module: Any, settings: Settings) -> None:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         try:
-            from kvtrace_tracer.attach import attach
+            settings = from_environment()
+            if settings is not None:
+                from kvtrace_tracer.attach import attach
 
-            attach(self, settings)
+                attach(self, settings)
         except Exception as error:
             _log.error("kvtrace: not recording this engine: %s: %s", type(error).__name__, error)
 

@@ -12,7 +12,7 @@ from typing import Any
 from kvtrace_traces.writer import LogWriter
 
 from kvtrace_tracer import header as headers
-from kvtrace_tracer.identity import EngineChain, OwnChain
+from kvtrace_tracer.identity import EngineChain, OwnChain, keyed_hash
 from kvtrace_tracer.log import Log
 from kvtrace_tracer.settings import Settings
 
@@ -28,11 +28,12 @@ def attach(scheduler: Any, settings: Settings) -> Log:
     sizes = [int(g.kv_cache_spec.block_size) for g in scheduler.kv_cache_config.kv_cache_groups] or [hash_block_size]
     granule = _granule(settings.granule, hash_block_size, sizes)
     header = headers.describe(scheduler, granule)
+    keyed = keyed_hash(settings.key)
     chain: EngineChain | OwnChain
     if granule % hash_block_size or not header["prefix_caching"]:
-        chain = OwnChain(settings.key, granule, _extra_keys())
+        chain = OwnChain(keyed, granule, _extra_keys())
     else:
-        chain = EngineChain(settings.key, granule, hash_block_size)
+        chain = EngineChain(keyed, granule, hash_block_size)
     writer = _open(header, settings)
     reference = weakref.ref(scheduler)
 
@@ -47,7 +48,7 @@ def attach(scheduler: Any, settings: Settings) -> Log:
     os.register_at_fork(after_in_child=_forget(log))
     try:
         # Kept on the scheduler alone: a reference from the log would keep the engine alive for ever.
-        scheduler._kvtrace = Hooks(scheduler, log, header, chain, settings.key)
+        scheduler._kvtrace = Hooks(scheduler, log, header, chain, keyed)
     except BaseException as error:
         log.fail(error)
         raise

@@ -7,12 +7,11 @@ frees needs no block numbers. Evictions need no hook at all: a cached block that
 from __future__ import annotations
 
 import inspect
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 from kvtrace_traces.schema import NO_REQUEST, OPS
 
-from kvtrace_tracer.identity import DIGEST_BYTES, EngineChain
+from kvtrace_tracer.identity import EngineChain
 from kvtrace_tracer.state import ADMITTING, RUNNING
 
 if TYPE_CHECKING:
@@ -144,7 +143,7 @@ def _touch(hooks: Hooks, original: Any) -> Any:
 def _cache_full_blocks(hooks: Hooks, original: Any) -> Any:
     log, chain, entries, grow = hooks.log, hooks.chain, hooks.state.entries, hooks.grow
     words, append, frombytes = log.words, log.words.append, log.words.frombytes
-    key, engine_chain = hooks.key, isinstance(chain, EngineChain)
+    keyed, engine_chain = hooks.keyed, isinstance(chain, EngineChain)
     hash_block_size = getattr(hooks.manager.block_pool, "hash_block_size", None)
     granule = chain.granule
 
@@ -161,7 +160,7 @@ def _cache_full_blocks(hooks: Hooks, original: Any) -> Any:
             block_hash = request.block_hashes[num_cached_blocks]
             if type(block_hash) is bytes and hash_block_size == granule:
                 append(entry.number << 4 | FILL1)
-                frombytes(blake2b(key + block_hash, digest_size=DIGEST_BYTES).digest())
+                frombytes(keyed(block_hash))
                 entry.chain = num_full_blocks
                 return
         grow(entry, request, num_full_blocks * block_size // granule)

@@ -7,13 +7,11 @@ request being served at the time, but who owns which block at every moment is no
 from __future__ import annotations
 
 import inspect
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 from kvtrace_traces.schema import NO_REQUEST
 
 from kvtrace_tracer.blocks import install_rare
-from kvtrace_tracer.identity import DIGEST_BYTES
 
 if TYPE_CHECKING:
     from kvtrace_tracer.hooks import Hooks
@@ -23,7 +21,7 @@ def install(hooks: Hooks) -> None:
     """Put the hooks on the block pool and the manager of ``hooks``."""
     from vllm.v1.core.kv_cache_utils import get_block_hash as block_hash  # strips the group from a block's key
 
-    log, state, manager, key = hooks.log, hooks.state, hooks.manager, hooks.key
+    log, state, manager, keyed = hooks.log, hooks.state, hooks.manager, hooks.keyed
     pool = manager.block_pool
     serving = NO_REQUEST  # number of the request that the manager is working for
 
@@ -122,7 +120,7 @@ def install(hooks: Hooks) -> None:
                 for block, old in zip(blocks, before, strict=True):
                     new = block.block_hash
                     if new is not None and new != old:
-                        digest = blake2b(key + block_hash(new), digest_size=DIGEST_BYTES).digest()
+                        digest = keyed(block_hash(new))
                         words.append(block.block_id)
                         words.append(int.from_bytes(digest[:4], "little"))
                         words.append(int.from_bytes(digest[4:], "little"))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import compress
 from typing import Any
 
@@ -45,13 +45,18 @@ class Hooks:
     """The hooks on one ``scheduler``; :meth:`remove` takes them off again."""
 
     def __init__(
-        self, scheduler: Any, log: Log, header: dict[str, Any], chain: EngineChain | OwnChain, key: bytes
+        self,
+        scheduler: Any,
+        log: Log,
+        header: dict[str, Any],
+        chain: EngineChain | OwnChain,
+        keyed: Callable[[bytes], bytes],
     ) -> None:
         self.scheduler = scheduler
         self.manager = scheduler.kv_cache_manager
         self.log = log
         self.chain = chain
-        self.key = key
+        self.keyed = keyed
         self.state = State()
         self.clock_ns: int = header["clock_monotonic_ns"]
         self.full_sets = "speculative-decoding" in header["inexact"]
@@ -117,7 +122,6 @@ class Hooks:
         """Start a frame: all that later operations are relative to. See ``KEY`` in the schema."""
         state, words = self.state, self.log.words
         self.log.begin_frame()
-        state.running, state.waiting = self._counts()
         requests = self.scheduler.requests
         events = self.log.events
         words.append(len(state.last) << 4 | KEY)
@@ -136,14 +140,6 @@ class Hooks:
             words.extend((number, tokens, max(0, request.num_computed_tokens - tokens) if request else 0))
         words.extend(held)
 
-    def _counts(self) -> tuple[int, int]:
-        scheduler = self.scheduler
-        count = getattr(scheduler, "get_request_counts", None)
-        if count is not None:
-            running, waiting = count()
-            return running, waiting
-        return len(scheduler.running), len(scheduler.waiting)
-
     # ---------------------------------------------------------------- requests and steps
 
     def _install(self) -> None:
@@ -152,32 +148,71 @@ class Hooks:
         stamp, after_schedule = self.stamp, self._after_schedule
 
         def make_schedule(original: Any) -> Any:
+            append = log.words.append
+            queue, holding = scheduler.waiting, getattr(scheduler, "kv_holding_waiting", ())
+            free = self.manager.block_pool.free_block_queue
+            full_sets, end_call, owners_of = self.full_sets, self._end_call, self._owners
+
             def schedule(*args: Any, **kwargs: Any) -> Any:
+                now = clock() - zero
+                delta = now - state.time
+                if 0 <= delta < MAX_DELTA:
+                    state.time = now
+                    append(delta << 4 | BEGIN)
+                else:
+                    stamp(BEGIN, now)
+                state.phase = RUNNING
+                output = original(*args, **kwargs)
+                if log.closed:
+                    return output
                 try:
-                    stamp(BEGIN, clock() - zero)
-                    state.phase = RUNNING
+                    scheduled = output.num_scheduled_tokens
+                    running, waiting = len(scheduler.running), len(queue) + len(holding)
+                    if (
+                        state.gone or state.looked or state.special or full_sets
+                        or running != state.running or waiting != state.waiting or scheduled != state.last
+                    ):  # fmt: skip
+                        after_schedule(output, running, waiting)
+                    else:  # as the step before, which is nearly all of decoding
+                        if state.pending:
+                            end_call(0, (), owners_of(output), scheduled)
+                        else:
+                            append(SCHED)
+                            append(free.num_free_blocks)
+                        state.last = scheduled
+                        state.phase = OUTSIDE
+                    if scheduled:
+                        state.step += 1
+                        state.steps.append(output)
                 except Exception as error:
                     log.fail(error)
-                output = original(*args, **kwargs)
-                if not log.closed:
-                    try:
-                        after_schedule(output)
-                    except Exception as error:
-                        log.fail(error)
                 return output
 
             return schedule
 
         def make_update(original: Any) -> Any:
+            steps, append = state.steps, log.words.append
+
             def update_from_output(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-                try:
-                    self._output(scheduler_output, clock() - zero)
-                except Exception as error:
-                    log.fail(error)
+                state.phase = UPDATING
+                if steps and steps[0] is scheduler_output:
+                    now = clock() - zero
+                    delta = now - state.time
+                    if 0 <= delta < MAX_DELTA:
+                        state.time = now
+                        append(delta << 4 | OUTPUT)
+                    else:
+                        stamp(OUTPUT, now)
+                    del steps[0]
+                elif not log.closed:
+                    try:
+                        self._skip(scheduler_output, clock() - zero)
+                    except Exception as error:
+                        log.fail(error)
                 result = original(scheduler_output, *args, **kwargs)
+                state.phase = OUTSIDE
                 if not log.closed:
                     try:
-                        state.phase = OUTSIDE
                         log.commit()
                         if log.key_due:
                             self.frame()
@@ -254,7 +289,7 @@ class Hooks:
         name = rid.encode()[:4096]
         name += b"\0" * (-len(name) % 4)
         lora = getattr(request, "lora_request", None)
-        owner = tenant(self.key, getattr(lora, "lora_name", None), getattr(request, "cache_salt", None))
+        owner = tenant(self.keyed, getattr(lora, "lora_name", None), getattr(request, "cache_salt", None))
         fixed = _REQUEST.pack(
             time.monotonic_ns() - self.clock_ns,
             request.arrival_time,
@@ -293,65 +328,58 @@ class Hooks:
         )
         state.gone.append(request.request_id)
 
-    def _output(self, output: Any, now: int) -> None:
-        state = self.state
-        state.phase = UPDATING
-        steps = state.steps
-        if not output.num_scheduled_tokens or not any(step is output for step in steps):
-            return
-        if steps[0] is not output:
-            skipped = next(i for i, step in enumerate(steps) if step is output)
+    def _skip(self, output: Any, now: int) -> None:
+        """An output out of turn: the steps before it will get none. (One of a call that scheduled nothing is no step.)"""
+        steps = self.state.steps
+        skipped = next((i for i, step in enumerate(steps) if step is output), None)
+        if skipped is not None:
             self.log.ext("SKIP", skipped)
-            del steps[:skipped]
-        del steps[0]
-        self.stamp(OUTPUT, now)
+            del steps[: skipped + 1]
+            self.stamp(OUTPUT, now)
 
-    def _after_schedule(self, output: Any) -> None:
-        state, words = self.state, self.log.words
+    def _after_schedule(self, output: Any, running: int, waiting: int) -> None:
+        state = self.state
         scheduled = output.num_scheduled_tokens
-        flags = 0
-        named: list[str] = []
-        if state.gone or state.looked or state.special or scheduled != state.last or self.full_sets:
-            flags, named = self._difference(scheduled)
-        running, waiting = self._counts()
+        flags, named = self._difference(scheduled)
         if running != state.running or waiting != state.waiting:
             flags |= SCHED_COUNTS
-        owners = self._owners(output) if state.pending else None
-        wide = False
-        if owners:
-            base = min(owners)
-            wide = max(owners) - base > 0xFFFF
-            flags |= SCHED_WIDE * wide
-        count, owned = len(named), len(owners) if owners else 0
+            state.running, state.waiting = running, waiting
+        self._end_call(flags, named, self._owners(output) if state.pending else (), scheduled)
+        state.last = scheduled
+        state.phase = OUTSIDE
+        state.admitted = None
+
+    def _end_call(
+        self, flags: int, named: Sequence[str], owners: Sequence[int], scheduled: dict[str, int]
+    ) -> None:
+        """Append SCHED; see the schema."""
+        state, words = self.state, self.log.words
+        count, owned = len(named), len(owners)
+        base = min(owners) if owned else 0
+        wide = owned > 0 and max(owners) - base > 0xFFFF
+        if wide:
+            flags |= SCHED_WIDE
         if count > 0xFFF or owned > 0xFFF:
             words.extend(((flags | SCHED_BIG) << 4 | SCHED, count, owned))
         else:
             words.append((owned << 16 | count << 4 | flags) << 4 | SCHED)
         words.append(self.manager.block_pool.free_block_queue.num_free_blocks)
         if flags & SCHED_COUNTS:
-            words.append(running)
-            words.append(waiting)
-            state.running, state.waiting = running, waiting
-        if named:
+            words.append(state.running)
+            words.append(state.waiting)
+        if count:
             requests, entries = self.scheduler.requests, state.entries
             for rid in named:
                 tokens = scheduled[rid]
                 words.extend((entries[rid].number, tokens, max(0, requests[rid].num_computed_tokens - tokens)))
-        if owners:
-            if wide:
-                words.extend(owners)
-            else:
-                words.append(base)
-                offsets = array("H", [owner - base for owner in owners])
-                if len(offsets) & 1:
-                    offsets.append(0)
-                words.frombytes(offsets.tobytes())
-        state.last = scheduled
-        state.phase = OUTSIDE
-        state.admitted = None
-        if scheduled:
-            state.step += 1
-            state.steps.append(output)
+        if wide:
+            words.extend(owners)
+        elif owned:
+            words.append(base)
+            offsets = array("H", [owner - base for owner in owners])
+            if owned & 1:
+                offsets.append(0)
+            words.frombytes(offsets.tobytes())
 
     def _difference(self, scheduled: dict[str, int]) -> tuple[int, list[str]]:
         """What the reader cannot guess of the scheduled set: flags and the ids to name."""

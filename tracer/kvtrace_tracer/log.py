@@ -54,7 +54,7 @@ class Log:
         if not body:
             return
         del self.words[:]
-        self._writer.write(wire.OPS, self._flags, body)
+        self._writer.write(self._flags, body)
         self._committed_events = self.events
         self._flags = 0
         self._since_key += len(body)

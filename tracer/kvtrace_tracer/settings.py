@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-import secrets
 from typing import NamedTuple
 
 
 class Settings(NamedTuple):
     """``out``: folder for the logs; ``granule``: tokens, None for the engine's hash block size; ``max_bytes``: bound
-    of one engine's log, None for none; ``key``: secret of the identities (16 bytes or more)."""
+    of one engine's log, None for none; ``key``: secret of the identities, None to draw one."""
 
     out: str
     granule: int | None
     max_bytes: int | None
-    key: bytes
+    key: bytes | None
 
 
 def from_environment() -> Settings | None:
@@ -30,7 +29,7 @@ def from_environment() -> Settings | None:
         out=os.path.abspath(out),
         granule=_positive("KVTRACE_GRANULE"),
         max_bytes=_positive("KVTRACE_MAX_BYTES"),
-        key=_key(key) if key else secrets.token_bytes(16),
+        key=_key(key) if key else None,
     )
 
 

@@ -48,6 +48,6 @@ class State:
         self.phase = OUTSIDE
         self.step = 0
         self.steps: list[Any] = []
-        self.running = -1
-        self.waiting = -1
+        self.running = 0
+        self.waiting = 0
         self.time = 0

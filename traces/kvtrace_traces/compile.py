@@ -3,7 +3,7 @@
 Plain `numba.njit(cache=True)` has three habits that hurt here, and this module is the cure for each:
 
 - it keeps stale machine code when a helper in *another* file changes: here the cache folder's name holds a
-  hash of the sources of all kvtrace packages and of Numba's and Python's versions;
+  hash of all sources of the function's package and of those below it;
 - it raises at import when no folder is writable: here the function is compiled at each start instead;
 - it pickles every argument type into one index, so that a type which only one process knows (a user's own
   policy file) makes the index unreadable for all others: here the index holds the types' names.
@@ -11,7 +11,7 @@ Plain `numba.njit(cache=True)` has three habits that hurt here, and this module 
 The folder is `$KVTRACE_CACHE_DIR`, else `$NUMBA_CACHE_DIR`, else `$XDG_CACHE_HOME/kvtrace`, else
 `~/.cache/kvtrace`. The first compilation in a process is announced on stderr, once.
 
-Never import this from `kvtrace_traces/__init__.py`: the tracer imports that package and must stay free of Numba.
+Never import this from `kvtrace_traces/__init__.py`: the tracer imports that package, without Numba.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from functools import cache as once
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -35,23 +35,25 @@ from numba.core import caching
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_PACKAGES = ("kvtrace_traces", "kvtrace_tracer", "kvtrace_replay", "kvtrace")
+# What the compiled code of a package may depend on: itself and the packages below it. A package that is not
+# listed depends on all of these.
+_BELOW = {"kvtrace_traces": (), "kvtrace_replay": ("kvtrace_traces",)}
 _KEEP_DAYS = 30.0
 _announced = threading.Event()
 
 
-def _source_files() -> Iterable[Path]:
-    for name in _PACKAGES:
+def _sources(package: str) -> Iterator[Path]:
+    for name in (package, *_BELOW.get(package, tuple(_BELOW))):
         spec = importlib.util.find_spec(name)
         for folder in (spec.submodule_search_locations or ()) if spec else ():
             yield from sorted(Path(folder).rglob("*.py"))
 
 
-def sources_hash(files: Iterable[Path] | None = None) -> str:
-    """A short hash of the contents of `files` (default: every source of the kvtrace packages) and of the
-    versions that compiled code depends on. A file that cannot be read counts by its name alone."""
+def sources_hash(package: str) -> str:
+    """A short hash of every source that compiled code of `package` may depend on, and of Numba's and Python's
+    versions. A file that cannot be read counts by its name alone."""
     digest = hashlib.sha256(f"{numba.__version__} {sys.version}".encode())
-    for file in _source_files() if files is None else files:
+    for file in _sources(package):
         digest.update(f"\0{file.name}\0".encode())
         with contextlib.suppress(OSError):
             digest.update(file.read_bytes())
@@ -66,17 +68,17 @@ def _root() -> Path:
 
 
 @once
-def cache_folder() -> Path | None:
-    """The folder of this version's machine code, made when missing; None where none can be written."""
+def cache_folder(package: str) -> Path | None:
+    """The folder of this version's machine code of `package`, made when missing; None where none can be written."""
     try:
-        folder = _root() / f"compiled-{sources_hash()}"
+        folder = _root() / f"compiled-{package}-{sources_hash(package)}"
         # 0700: what lies here is loaded as code, so nobody else may write it.
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
         os.utime(folder)  # marks it as in use for _prune
         _prune(folder)
-    except (OSError, RuntimeError):  # RuntimeError: no home folder
+    except (OSError, RuntimeError, ImportError, ValueError):  # no home folder, a package without a spec
         return None
     return folder
 
@@ -90,25 +92,31 @@ def _prune(current: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _announce() -> None:
+def _package(function: Callable[..., Any]) -> str:
+    return function.__module__.partition(".")[0]
+
+
+def _announce(kept_on_disk: bool) -> None:
     if not _announced.is_set():
         _announced.set()
-        kept = "once" if cache_folder() else "at each start: no writable cache folder, set KVTRACE_CACHE_DIR"
+        kept = "once" if kept_on_disk else "at each start: no writable cache folder, set KVTRACE_CACHE_DIR"
         print(f"kvtrace: compiling for this machine ({kept}) ...", file=sys.stderr, flush=True)
 
 
 class _Locator(caching._CacheLocator):  # type: ignore[misc]
     """Puts the cache of every function into `cache_folder()`, whatever the mtime of its source."""
 
-    def __init__(self, py_file: str) -> None:
+    def __init__(self, folder: Path, py_file: str) -> None:
+        self._folder = folder
         self._py_file = py_file
 
     @classmethod
     def from_function(cls, py_func: Callable[..., Any], py_file: str) -> _Locator | None:
-        return cls(py_file) if cache_folder() else None
+        folder = cache_folder(_package(py_func))
+        return cls(folder, py_file) if folder else None
 
     def get_cache_path(self) -> str:
-        return str(cache_folder())
+        return str(self._folder)
 
     def get_source_stamp(self) -> str:
         return "by folder"
@@ -142,7 +150,7 @@ class _Cache(caching.FunctionCache):  # type: ignore[misc]
             with contextlib.suppress(Exception):
                 self.flush()
         if found is None:
-            _announce()
+            _announce(True)
         return found
 
     def save_overload(self, sig: Any, data: Any) -> None:
@@ -154,14 +162,14 @@ class _NoCache(caching.NullCache):  # type: ignore[misc]
     """Where nothing can be written: compiles, and says so."""
 
     def load_overload(self, sig: Any, target_context: Any) -> None:
-        _announce()
+        _announce(False)
 
 
 def _attach_cache(dispatcher: Any, function: Callable[..., Any]) -> None:
     if not hasattr(dispatcher, "_cache"):  # NUMBA_DISABLE_JIT: njit handed the plain function back
         return
     try:
-        dispatcher._cache = _Cache(function) if cache_folder() else _NoCache()
+        dispatcher._cache = _Cache(function) if cache_folder(_package(function)) else _NoCache()
     except (RuntimeError, OSError):  # e.g. a function without a source file
         dispatcher._cache = _NoCache()
 
@@ -177,7 +185,7 @@ def njit(function: F | None = None, *, cache: bool = True, **options: Any) -> F 
         function: what to compile, when used as a bare decorator.
         cache: keep the machine code on disk. False for small helpers that other compiled functions call:
             they are compiled into their callers, and their own file would never be read.
-        options: further options of `numba.njit`; `nogil=True` and `error_model="numpy"` are the defaults here.
+        options: further options of `numba.njit`; the defaults here are `nogil=True`, `error_model="numpy"`.
 
     Returns the dispatcher, typed as the function it compiles.
     """
@@ -186,7 +194,7 @@ def njit(function: F | None = None, *, cache: bool = True, **options: Any) -> F 
         dispatcher = numba.njit(**{"nogil": True, "error_model": "numpy", **options})(target)
         if cache:
             _attach_cache(dispatcher, target)
-        return dispatcher  # type: ignore[no-any-return]
+        return dispatcher
 
     return decorate if function is None else decorate(function)
 

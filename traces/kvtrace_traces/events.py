@@ -297,7 +297,6 @@ def play(  # type: ignore[no-untyped-def]
                 begun = state[C_TIME]
                 inside = True
                 context = np.int64(-1)
-                preempted_now = 0
                 n_owners = 0
                 owner_at = 0
                 probe = at + n
@@ -395,6 +394,7 @@ def play(  # type: ignore[no-untyped-def]
                     n_steps += 1
                     state[C_STEP] += 1
                     empty = 0
+                    preempted_now = 0
                 else:
                     empty += 1
                 inside = False

@@ -127,7 +127,7 @@ TABLES: dict[str, Table] = {
                 Column("running", "i32", "requests", "requests in the running queue after scheduling"),
                 Column("waiting", "i32", "requests", "requests in the waiting queue after scheduling"),
                 Column("free_blocks", "i32", "blocks", "the engine's count of free blocks after scheduling"),
-                Column("preempted", "i32", "requests", "requests preempted while scheduling"),
+                Column("preempted", "i32", "requests", "requests preempted since the step before"),
                 Column("empty_calls", "i32", "calls", "scheduler calls without tokens just before this step"),
             ),
         ),

@@ -12,10 +12,12 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import struct
 import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Any
+from zlib import crc32
 
 from kvtrace_traces import wire
 
@@ -24,6 +26,8 @@ WINDOWS_AHEAD = 4
 QUEUE_BYTES = 64 << 20
 RESERVE_BYTES = 1024  # kept free at the end of what is allocated, for the record of a loss
 SEGMENT_BYTES = 4 << 30
+_PAIR, _ONE = struct.Struct("<II"), struct.Struct("<I")
+_OPS_TAG = wire.tag(wire.OPS, 0, 0)
 
 
 class Stopped(Exception):
@@ -97,46 +101,61 @@ class LogWriter:
             raise
         self._base = 0  # file offset of the window
         self._pos = 0  # offset in the window
+        self._limit = 0
         self._retired: deque[tuple[_File, int]] = deque()
         self._next: _File | None = None
         self._next_window: mmap.mmap | None = None
         self._begin_segment()
+        self._set_limit()
         self._thread = threading.Thread(target=self._allocate, name="kvtrace-writer", daemon=True)
         self._thread.start()
 
     # ---------------------------------------------------------------- the serving thread
 
-    def write(self, kind: int, flags: int, body: bytes) -> None:
-        """Commit ``body`` (length a multiple of 4). Raises :class:`Stopped` when the log cannot take it."""
+    def write(self, flags: int, body: bytes) -> None:
+        """Commit operations (length a multiple of 4). Raises :class:`Stopped` when the log cannot take them.
+
+        This runs once a step in the serving thread: the common case is written out, without calls.
+        """
+        size = len(body)
+        start = self._pos
+        end = start + 12 + size
+        if end > self._limit:
+            self._write_slowly(wire.OPS, flags, body)
+            return
+        seq = self._seq
+        head = _PAIR.pack(_OPS_TAG | flags << 16 | seq & 0xFFFF, size)
+        window = self._window
+        window[start + 12 : end] = body
+        window[start : start + 12] = head + _ONE.pack(crc32(body, crc32(head)))  # last: see the invariant in ``wire``
+        self._pos = end
+        self._seq = seq + 1
+        self.commits += 1
+
+    def _write_slowly(self, kind: int, flags: int, body: bytes) -> None:
         size = wire.HEAD_BYTES + len(body)
         if self._max_bytes is not None and self.bytes + size + RESERVE_BYTES > self._max_bytes:
             raise Stopped("max-bytes", f"the log reached its bound of {self._max_bytes:,} bytes")
+        data = wire.head(kind, flags, self._seq, body) + body
         if self._queue or size + RESERVE_BYTES > self._room():
             if self._error is not None:
                 raise Stopped("disk", f"{self._file.path}: {self._error.strerror}")
             if self._queued + size > QUEUE_BYTES:
                 raise Stopped("stalled", f"{self._file.path}: the disk took nothing for {self._queued:,} bytes")
-            self._queue.append(wire.head(kind, flags, self._seq, body) + body)
+            self._queue.append(data)
             self._queued += size
-            self._seq += 1
-            self.commits += 1
-            self._drain()
-            return
-        end = self._pos + size
-        if end <= self._window_bytes:
-            self._window[self._pos + wire.HEAD_BYTES : end] = body
-            self._window[self._pos : self._pos + wire.HEAD_BYTES] = wire.head(kind, flags, self._seq, body)
-            self._pos = end
+            self._limit = 0  # in order: what comes next queues too
         else:
-            self._store(wire.head(kind, flags, self._seq, body) + body)
+            self._store(data)
         self._seq += 1
         self.commits += 1
+        self._drain()
 
     def rotate(self) -> bool:
         """Go on in the next segment if this one is full and the next is ready. The caller writes a frame next."""
         if self.segment_bytes < self._segment_bytes or self._queue or self._next_window is None:
             return False
-        self.write(wire.NEXT, 0, b"")
+        self._write_slowly(wire.NEXT, 0, b"")
         size = self.segment_bytes
         self._window.close()
         self._retired.append((self._file, size))
@@ -145,6 +164,7 @@ class LogWriter:
         self._file, self._window = self._next, self._next_window
         self._next, self._next_window = None, None
         self._base = self._pos = 0
+        self._set_limit()
         self._seq = 0
         self._segment += 1
         self._begin_segment()
@@ -233,15 +253,26 @@ class LogWriter:
         for window, offset, at, n in reversed(pieces):
             window[offset : offset + n] = data[at : at + n]
         self._window, self._pos = windows[-1], pieces[-1][1] + pieces[-1][3]
+        self._set_limit()
         for window in windows[:-1]:
             window.close()
         self._wake.set()
 
+    def _set_limit(self) -> None:
+        """Where in the window :meth:`write` has to look closer."""
+        self._limit = self._window_bytes - RESERVE_BYTES
+        if self._max_bytes is not None:
+            self._limit = min(self._limit, self._max_bytes - RESERVE_BYTES - self._done_bytes - self._base)
+
     def _drain(self) -> None:
+        if not self._queue:
+            return
         while self._queue and len(self._queue[0]) + RESERVE_BYTES <= self._room():
             data = self._queue.popleft()
             self._queued -= len(data)
             self._store(data)
+        if not self._queue:
+            self._set_limit()
         self._wake.set()
 
     # ---------------------------------------------------------------- the background thread
