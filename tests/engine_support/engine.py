@@ -23,7 +23,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    # Waiting OpenMP threads spin: with two of them on a busy machine of two cores a run took up to 60 times as
+    # Waiting OpenMP threads spin: with two of them on two busy cores a run took up to 60 times as
     # long, and the tiny model has no work to share out anyway.
     "OMP_NUM_THREADS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -100,9 +100,7 @@ class Engine:
         self._ids: list[str] = []
         self._numbers: dict[str, int] = {}
 
-    def add(
-        self, prompt: list[int], max_tokens: int, *, priority: int = 0, cache_salt: str | None = None
-    ) -> int:
+    def add(self, prompt: list[int], max_tokens: int, *, priority: int = 0, cache_salt: str | None = None) -> int:
         """Queue a request (temperature 0, no stop token); return its number."""
         from vllm import SamplingParams
 

@@ -162,13 +162,11 @@ def pool_state(scheduler: Any) -> dict[str, Any]:
     return {
         "ref_cnt": [block.ref_cnt for block in pool.blocks],
         "block_hash": [
-            None if block.block_hash is None else bytes(get_block_hash(block.block_hash))
-            for block in pool.blocks
+            None if block.block_hash is None else bytes(get_block_hash(block.block_hash)) for block in pool.blocks
         ],
         "free_queue": [block.block_id for block in pool.free_block_queue.get_all_free_blocks()],
         "tables": {
-            key: [[block.block_id for block in group.req_to_blocks.get(key, ())] for group in groups]
-            for key in holders
+            key: [[block.block_id for block in group.req_to_blocks.get(key, ())] for group in groups] for key in holders
         },
         "running": [request.request_id for request in scheduler.running],
         "waiting": [request.request_id for request in scheduler.waiting],

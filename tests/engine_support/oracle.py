@@ -13,6 +13,9 @@ from typing import Any
 from .observe import pool_state
 
 
+State = tuple[int, dict[str, Any], dict[str, int]]
+
+
 class Snapshots:
     """States of the engine's block pool after randomly chosen calls of `schedule` that scheduled something.
 
@@ -21,7 +24,7 @@ class Snapshots:
 
     def __init__(self, scheduler: Any, observer: Any, seed: int, chance: float = 0.1) -> None:
         self.scheduler, self.observer = scheduler, observer
-        self.states: list[tuple[int, dict[str, Any], dict[str, int]]] = []
+        self.states: list[State] = []
         self._random, self._chance, self._step = random.Random(seed), chance, 0
         inner: Callable[..., Any] = scheduler.schedule
 
@@ -40,8 +43,8 @@ class Snapshots:
         self.states.append((step, pool_state(self.scheduler), dict(self.observer.numbers)))
 
 
-def compare(folder: Path, result: dict[str, Any], snapshots: Snapshots, caching: bool = True) -> list[str]:
-    """The differences between the trace in `folder` and the engine's `result` (Engine.result) and `snapshots`."""
+def compare(folder: Path, result: dict[str, Any], states: list[State], caching: bool = True) -> list[str]:
+    """The differences between the trace in `folder` and the engine's `result` (Engine.result) and `states` (Snapshots)."""
     from kvtrace_replay.verify import verify
     from kvtrace_traces import open_trace
 
@@ -50,7 +53,7 @@ def compare(folder: Path, result: dict[str, Any], snapshots: Snapshots, caching:
     wrong += [f"verify skipped {c['name']}: {c['skipped']}" for c in verify(trace)["checks"] if c["skipped"]]
     if not trace.complete:
         wrong.append(f"incomplete: {trace.warnings}")
-    wrong += _pools(trace, snapshots)
+    wrong += _pools(trace, states)
     wrong += _steps(trace, result)
     wrong += _requests(trace, result)
     wrong += _lookups(trace, result, caching)
@@ -58,7 +61,7 @@ def compare(folder: Path, result: dict[str, Any], snapshots: Snapshots, caching:
     return wrong
 
 
-def _pools(trace: Any, snapshots: Snapshots) -> list[str]:
+def _pools(trace: Any, states: list[State]) -> list[str]:
     import numpy as np
     from kvtrace_replay import pool
 
@@ -68,7 +71,7 @@ def _pools(trace: Any, snapshots: Snapshots) -> list[str]:
         bytes, int
     ] = {}  # the engine's hash -> our 64-bit identity; must be one to one over the whole run
     wrong = []
-    for step, state, numbers in snapshots.states:
+    for step, state, numbers in states:
         upto = len(times) if step < 0 else int(np.searchsorted(times, starts[step], side="right"))
         mine = pool.follow(trace, upto=upto).state
         name = f"pool after step {step}"

@@ -102,9 +102,7 @@ class Server:
         """Wait until /health answers; return the seconds since the start. ServerError if it never does."""
         while time.monotonic() - self.started < timeout:
             if self.process.poll() is not None:
-                raise ServerError(
-                    f"vllm serve ended with status {self.process.returncode}\n{self.output()[-4000:]}"
-                )
+                raise ServerError(f"vllm serve ended with status {self.process.returncode}\n{self.output()[-4000:]}")
             with contextlib.suppress(OSError):
                 self._request("GET", "/health", None, 5.0)
                 self.ready_after_s = time.monotonic() - self.started
@@ -143,18 +141,14 @@ class Server:
         return sums
 
     def _request(self, method: str, path: str, body: bytes | None, timeout: float) -> bytes:
-        request = urllib.request.Request(
-            self.url + path, body, {"Content-Type": "application/json"}, method=method
-        )
+        request = urllib.request.Request(self.url + path, body, {"Content-Type": "application/json"}, method=method)
         # A proxy of the environment has no business between us and 127.0.0.1.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
             with opener.open(request, timeout=timeout) as answer:
                 return answer.read()
         except urllib.error.HTTPError as error:
-            raise ServerError(
-                f"{path}: {error.code} {error.read().decode(errors='replace')[:2000]}"
-            ) from error
+            raise ServerError(f"{path}: {error.code} {error.read().decode(errors='replace')[:2000]}") from error
 
     def members(self) -> list[int]:
         """Return the ids of the living processes of the server's group (API server, engine core, workers)."""
@@ -190,9 +184,7 @@ class Server:
         try:
             status = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
-            raise ServerError(
-                f"still running {timeout:g} s after {how.name}\n{self.output()[-4000:]}"
-            ) from None
+            raise ServerError(f"still running {timeout:g} s after {how.name}\n{self.output()[-4000:]}") from None
         while self.members():
             if time.monotonic() > deadline:
                 raise ServerError(f"{how.name} left processes {self.members()} behind")
@@ -207,6 +199,4 @@ class Server:
 
     def output(self) -> str:
         """Return what the server printed: stdout, then stderr."""
-        return "".join(
-            (self.log_dir / name).read_text(errors="replace") for name in ("stdout.txt", "stderr.txt")
-        )
+        return "".join((self.log_dir / name).read_text(errors="replace") for name in ("stdout.txt", "stderr.txt"))

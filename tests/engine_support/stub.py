@@ -95,9 +95,7 @@ class StubEngine:
         config.cache_config.num_gpu_blocks = num_blocks
         config.scheduler_config.async_scheduling = async_scheduling
         heads, head = config.model_config.get_total_num_kv_heads(), config.model_config.get_head_size()
-        spec = FullAttentionSpec(
-            block_size=block_size, num_kv_heads=heads, head_size=head, dtype=torch.float32
-        )
+        spec = FullAttentionSpec(block_size=block_size, num_kv_heads=heads, head_size=head, dtype=torch.float32)
         layers = [f"model.layers.{index}.self_attn.attn" for index in range(2)]
         self.scheduler: Any = config.scheduler_config.get_scheduler_cls()(
             vllm_config=config,
@@ -126,9 +124,7 @@ class StubEngine:
         # scheduled.
         self._sampled: dict[str, int] = {}
 
-    def add(
-        self, prompt: list[int], max_tokens: int, *, priority: int = 0, cache_salt: str | None = None
-    ) -> int:
+    def add(self, prompt: list[int], max_tokens: int, *, priority: int = 0, cache_salt: str | None = None) -> int:
         """Queue a request (no stop token); return its number."""
         from vllm import SamplingParams
         from vllm.v1.request import Request

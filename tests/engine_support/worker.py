@@ -46,9 +46,7 @@ class Worker:
         self._log: IO[bytes] = tempfile.TemporaryFile() if log is None else open(log, "w+b")  # noqa: SIM115
         # Set before anything is imported there: OpenMP, for one, reads its number of threads only once.
         merged = (
-            os.environ
-            | ENVIRONMENT
-            | {"PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
+            os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
         )
         for name, value in (env or {}).items():
             if value is None:
@@ -100,11 +98,7 @@ class Worker:
                 self._buffer += chunk
                 continue
             self.kill()
-            why = (
-                f"not done after {timeout:g} s"
-                if chunk is None
-                else f"died (status {self._process.returncode})"
-            )
+            why = f"not done after {timeout:g} s" if chunk is None else f"died (status {self._process.returncode})"
             raise WorkerError(f"{why}\n{self.output()[-4000:]}")
         line, _, self._buffer = self._buffer.partition(b"\n")
         return line

@@ -36,9 +36,7 @@ class Steppable(Protocol):
     def busy(self) -> bool: ...
 
 
-def drive(
-    engine: Steppable, arrivals: Iterable[Arrival], after_step: Callable[[int], None] | None = None
-) -> list[int]:
+def drive(engine: Steppable, arrivals: Iterable[Arrival], after_step: Callable[[int], None] | None = None) -> list[int]:
     """Run `arrivals` to their end; return the engine's request number of each, in the order given.
 
     Step `s` is the s-th pass of this loop. While the engine is idle, steps up to the next arrival are
@@ -82,8 +80,7 @@ def shared_prefixes(seed: int, requests: int = 24, prefixes: int = 3, length: in
     rng = random.Random(seed)
     heads = [tokens(rng, length + rng.randrange(40)) for _ in range(prefixes)]
     return [
-        Arrival(rng.choice(heads) + tokens(rng, rng.randrange(1, 80)), rng.randrange(4, 24))
-        for _ in range(requests)
+        Arrival(rng.choice(heads) + tokens(rng, rng.randrange(1, 80)), rng.randrange(4, 24)) for _ in range(requests)
     ]
 
 

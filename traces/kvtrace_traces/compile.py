@@ -69,7 +69,7 @@ def _root() -> Path:
 
 @once
 def cache_folder(package: str) -> Path | None:
-    """The folder of this version's machine code of `package`, made when missing; None where none can be written."""
+    """The folder of `package`'s machine code, made when missing; None where none can be written."""
     try:
         folder = _root() / f"compiled-{package}-{sources_hash(package)}"
         # 0700: what lies here is loaded as code, so nobody else may write it.

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtrace_traces import content, survey, wire
 from kvtrace_traces import events as play
-from kvtrace_traces import survey, wire
 from kvtrace_traces.errors import KvtraceError
 from kvtrace_traces.scan import COMPLETE, OPEN, Scan, scan
 from kvtrace_traces.schema import INEXACT
@@ -88,6 +88,7 @@ class EngineLog:
         self.used = sum(s.scan.used for s in self.segments)
         self._recover = recover
         self._decoded: Decoded | None = None
+        self.raw: NDArray[np.int32] | None = None  # content ids, once decoded
         self._assemble()
         self._survey()
         self.complete = self._ended and not self.losses and not self.damaged
@@ -227,16 +228,18 @@ class EngineLog:
         count = survey.gather(
             self._words, self._starts, self._stops, self._gaps, self._use, known, length, owner, hashes
         )
-        slots = np.full(1 << max(4, (2 * count).bit_length()), -1, np.int32)
-        identities, unique = np.empty(count, np.int32), np.empty(count, np.uint64)
-        multiplier = np.uint64(secrets.randbits(64) | 1)
-        distinct = survey.densify(hashes, count, multiplier, slots, identities, unique)
+        identities, unique = _densify(hashes, count)
         indptr = np.zeros(total + 1, np.int64)
         np.cumsum(length, out=indptr[1:])
         values = np.empty(int(indptr[-1]), np.int32)
         survey.by_request(owner, identities, count, indptr, values)
+        if self.header.get("source") == "import" and content.many_parents(indptr, values, len(unique)):
+            self.raw = values
+            chained = np.empty(len(values), np.uint64)
+            content.chain(indptr, values, unique, chained)
+            values, unique = _densify(chained, len(chained))
         explicit = identities[owner[:count] < 0]
-        return known, Chains(indptr, values, unique[:distinct].copy()), explicit
+        return known, Chains(indptr, values, unique), explicit
 
     def _decode(self) -> Decoded:
         counts = self._counts
@@ -276,6 +279,15 @@ class EngineLog:
             preempted_at[: made[play.N_PREEMPTIONS]],
             events[:, :n], times[:n], kinds[:n], groups[:n], chains,
         )  # fmt: skip
+
+
+def _densify(hashes: NDArray[np.uint64], count: int) -> tuple[NDArray[np.int32], NDArray[np.uint64]]:
+    """Dense identities of the first ``count`` hashes, in order of first use, and the distinct hashes."""
+    slots = np.full(1 << max(4, (2 * count).bit_length()), -1, np.int32)
+    identities, unique = np.empty(count, np.int32), np.empty(count, np.uint64)
+    multiplier = np.uint64(secrets.randbits(64) | 1)
+    distinct = survey.densify(hashes, count, multiplier, slots, identities, unique)
+    return identities, unique[:distinct].copy()
 
 
 def open_segment(path: Path) -> Segment:

@@ -102,8 +102,10 @@ class Trace:
         return self._log(engine_index).decode().chains
 
     def raw_ids(self, engine_index: int | None = None) -> Any:
-        """int32, parallel to ``chains().identities``: the ids of an import whose ids name content alone; else None."""
-        return None
+        """int32, parallel to ``chains().identities``: dense ids of an import whose ids name content alone; else None."""
+        log = self._log(engine_index)
+        log.decode()
+        return log.raw
 
     def _log(self, engine_index: int | None) -> EngineLog:
         if engine_index is None:

@@ -1,0 +1,274 @@
+"""Runs of the open-loop cache: one (policy, capacity, semantics) after the other, or side by side, as
+result rows."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba.core.errors import NumbaError
+
+from kvtrace_replay.cache import object_driver as by_object
+from kvtrace_replay.cache import prefix_driver as by_prefix
+from kvtrace_replay.cache.totals import BAD_VICTIM, BLOCK_HITS, EVICTIONS, N_TOTALS, PIN_OVERFLOWS, TOKEN_HITS
+from kvtrace_replay.capacity import distinct_blocks, parse_capacity
+from kvtrace_replay.policies.registry import MAX_STATE, Policy, Stream, find_policy
+from kvtrace_replay.workload.model import Workload
+from kvtrace_traces.compile import njit, warm
+from kvtrace_traces.errors import KvtraceError, UsageError
+
+SEMANTICS = ("object", "prefix")
+# Below this, starting threads and keeping several states in memory gains nothing.
+_PARALLEL_FROM_REFS = 1_000_000
+_UNUSED = np.zeros(0, np.int32)
+
+Row = dict[str, Any]
+
+
+@dataclass
+class _Run:
+    """A stream with what its rows say about it."""
+
+    stream: Stream
+    block_tokens: npt.NDArray[np.int32]
+    hit_cap: npt.NDArray[np.int32]
+    block_size: int
+    block_lookups: int
+    token_lookups: int
+    largest_request: int  # distinct blocks that one request holds at once; 0 in object semantics
+
+
+def replay(
+    workload: Workload,
+    policy: str | Sequence[str] = "lru",
+    capacity: int | float | str | Sequence[int | float | str] = math.inf,
+    semantics: str | Sequence[str] = "prefix",
+    *,
+    threads: int | None = None,
+) -> list[Row]:
+    """Replays `workload` with every policy, semantics and capacity given.
+
+    Args:
+        workload: the requests of one engine.
+        policy: name or names, see `kvtrace_replay.policies`.
+        capacity: usable blocks, `math.inf`, or any form of `parse_capacity`; one or several.
+        semantics: "object", "prefix" or both (DESIGN, "Words").
+        threads: runs at a time; default: one per core for large workloads, else one.
+
+    Returns one dict per run, by policy, then semantics, then capacity, with the keys `policy capacity_blocks
+    block_size semantics requests block_lookups block_hits block_hit_ratio token_lookups token_hits
+    token_hit_ratio evictions seconds pin_overflow_requests why`. `capacity_blocks` None is infinite.
+    `seconds` is the driver alone, without preparing the policy's state. A ratio of no lookups is None.
+    Where the capacity cannot hold the largest single request, the results are None and `why` says so.
+    `pin_overflow_requests` counts requests of which a block found no place because all others were
+    pinned.
+
+    Raises UsageError for an unknown policy or semantics or a bad capacity, KvtraceError for an invalid
+    workload or a policy that does not compile.
+    """
+    entries = [find_policy(name) for name in _listed(policy, "policy")]
+    kinds = [_check_semantics(name) for name in _listed(semantics, "semantics")]
+    wanted = _listed(capacity, "capacity")
+    workload.validate()
+    sizes = {kind: [parse_capacity(size, workload, kind) for size in wanted] for kind in kinds}
+    runs = {kind: _prepare(workload, kind) for kind in kinds}
+    cells = [(entry, runs[kind], size) for entry in entries for kind in kinds for size in sizes[kind]]
+    if threads is None:
+        large = workload.n_refs * len(cells) > _PARALLEL_FROM_REFS
+        threads = _cores() if large else 1
+    if threads < 2 or len(cells) < 2:
+        return [_row(*cell) for cell in cells]
+    with ThreadPoolExecutor(min(threads, len(cells))) as pool:
+        return list(pool.map(lambda cell: _row(*cell), cells))
+
+
+def replay_requests(
+    workload: Workload,
+    policy: str = "lru",
+    capacity: int | float | str = math.inf,
+    semantics: str = "prefix",
+) -> npt.NDArray[np.int64]:
+    """Hit blocks of each request, int64[n_requests], to compare with what the engine itself reported.
+
+    Arguments as in `replay`, one of each. Raises KvtraceError where the capacity cannot hold the largest
+    request, and whatever `replay` raises.
+    """
+    entry, kind = find_policy(policy), _check_semantics(semantics)
+    workload.validate()
+    size = parse_capacity(capacity, workload, kind)
+    run = _prepare(workload, kind)
+    why = _too_small(run, size)
+    if why is not None:
+        raise KvtraceError(why)
+    return _drive(entry, run, size)[0]
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _listed(value: Any, what: str) -> list[Any]:
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    many = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+    if not many:
+        raise UsageError(f"no {what} given: name at least one")
+    return many
+
+
+def _check_semantics(name: str) -> str:
+    if name in SEMANTICS:
+        return name
+    if name == "radix":
+        raise UsageError("semantics 'radix' is not available yet; semantics are object, prefix")
+    raise UsageError(f"no semantics is called {name!r}; semantics are object, prefix")
+
+
+def _read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A read-only view: memory-mapped and ordinary workloads then share one compiled driver."""
+    view = array.view()
+    view.setflags(write=False)
+    return view
+
+
+def _prepare(workload: Workload, semantics: str) -> _Run:
+    by_content = semantics == "object" and workload.raw is not None
+    refs = workload.raw if by_content and workload.raw is not None else workload.identities
+    n = workload.n_requests
+    if semantics == "object":
+        events = np.zeros(0, np.int64)
+    elif workload.schedule is not None:
+        events = workload.schedule
+    else:
+        events = np.empty(2 * n, np.int64)
+        events[0::2] = np.arange(1, n + 1)
+        events[1::2] = -events[0::2]
+    stream = Stream(
+        refs=_read_only(refs),
+        indptr=_read_only(workload.indptr),
+        prompt_blocks=_read_only(workload.prompt_blocks),
+        events=_read_only(events),
+        n_identities=distinct_blocks(workload, semantics),
+        semantics=semantics,
+    )
+    whole = semantics == "object"
+    return _Run(
+        stream=stream,
+        block_tokens=_read_only(workload.block_tokens),
+        hit_cap=_read_only(workload.hit_cap),
+        block_size=workload.block_size,
+        block_lookups=int(refs.size if whole else workload.prompt_blocks.sum(dtype=np.int64)),
+        token_lookups=int((workload.block_tokens if whole else workload.prompt_tokens).sum(dtype=np.int64)),
+        largest_request=0 if whole else int(_largest_request(stream.refs, stream.indptr, stream.n_identities)),
+    )
+
+
+@njit
+def _largest_request(refs: npt.NDArray[np.int32], indptr: npt.NDArray[np.int64], n_identities: int) -> int:
+    """The most distinct blocks that a single request refers to."""
+    last = np.full(n_identities, -1, np.int64)
+    largest = 0
+    for r in range(indptr.size - 1):
+        distinct = 0
+        for p in range(indptr[r], indptr[r + 1]):
+            if last[refs[p]] != r:
+                last[refs[p]] = r
+                distinct += 1
+        largest = max(largest, distinct)
+    return largest
+
+
+def _too_small(run: _Run, capacity: int | float) -> str | None:
+    if capacity >= run.largest_request:
+        return None
+    return (
+        f"a capacity of {capacity} blocks cannot hold the largest single request, which needs "
+        f"{run.largest_request} blocks"
+    )
+
+
+def _drive(
+    entry: Policy, run: _Run, capacity: int | float
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], float]:
+    """One run: (hits of each request int64[n_requests], totals, seconds in the driver)."""
+    stream = run.stream
+    # More room than there are blocks changes nothing; state sized by the capacity then stays small.
+    blocks = int(min(capacity, max(1, stream.n_identities)))
+    state = entry.setup(stream, blocks)
+    if len(state) != entry.n_state:
+        raise KvtraceError(
+            f"policy {entry.name!r}: setup returns {len(state)} arrays, its functions take {entry.n_state}"
+        )
+    padded = (*state, *(_UNUSED,) * (MAX_STATE - len(state)))
+    n_requests = stream.prompt_blocks.size
+    request_hits = np.zeros(n_requests, np.int64)
+    totals = np.zeros(N_TOTALS, np.int64)
+    driver: Any
+    args: tuple[Any, ...]
+    if stream.semantics == "object":
+        driver = by_object.object_driver
+        pins: npt.NDArray[Any] = np.full(stream.n_identities, by_object.ABSENT, np.int8)
+        args = (entry.tag, stream.refs, stream.indptr, run.block_tokens, blocks, pins, request_hits, totals)
+    else:
+        driver = by_prefix.prefix_driver
+        pins = np.full(stream.n_identities, by_prefix.ABSENT, np.int32)
+        held = np.zeros(stream.refs.size, np.uint8)
+        overflowed = np.zeros(n_requests, np.uint8)
+        args = (
+            entry.tag, stream.refs, stream.indptr, run.block_tokens, stream.prompt_blocks, run.hit_cap,
+            stream.events, blocks, pins, held, overflowed, request_hits, totals,
+        )  # fmt: skip
+    args += padded
+    try:
+        warm(driver, args)
+    except NumbaError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        first_line = next((line for line in lines[1:] if "Error" in line or ": " in line), lines[0])
+        raise KvtraceError(f"policy {entry.name!r} does not compile: {first_line}") from error
+    begin = time.perf_counter()
+    driver(*args)
+    seconds = time.perf_counter() - begin
+    if totals[BAD_VICTIM]:
+        raise KvtraceError(f"policy {entry.name!r} is wrong: its evict returned a block that may not be evicted")
+    return request_hits, totals, seconds
+
+
+def _row(entry: Policy, run: _Run, capacity: int | float) -> Row:
+    row: Row = {
+        "policy": entry.name,
+        "capacity_blocks": None if math.isinf(capacity) else int(capacity),
+        "block_size": run.block_size,
+        "semantics": run.stream.semantics,
+        "requests": int(run.stream.prompt_blocks.size),
+        "block_lookups": run.block_lookups,
+        "block_hits": None,
+        "block_hit_ratio": None,
+        "token_lookups": run.token_lookups,
+        "token_hits": None,
+        "token_hit_ratio": None,
+        "evictions": None,
+        "seconds": None,
+        "pin_overflow_requests": None,
+        "why": _too_small(run, capacity),
+    }
+    if row["why"] is not None:
+        return row
+    _, totals, seconds = _drive(entry, run, capacity)
+    row["block_hits"] = int(totals[BLOCK_HITS])
+    row["token_hits"] = int(totals[TOKEN_HITS])
+    row["evictions"] = int(totals[EVICTIONS])
+    row["seconds"] = seconds
+    row["pin_overflow_requests"] = int(totals[PIN_OVERFLOWS])
+    for kind in ("block", "token"):
+        if row[f"{kind}_lookups"] > 0:
+            row[f"{kind}_hit_ratio"] = row[f"{kind}_hits"] / row[f"{kind}_lookups"]
+    return row

@@ -1,0 +1,6 @@
+"""Slots of the int64 array in which the drivers return their sums and keep their counts."""
+
+from __future__ import annotations
+
+BLOCK_HITS, TOKEN_HITS, EVICTIONS, PIN_OVERFLOWS, RESIDENT, PINNED, BAD_VICTIM = range(7)
+N_TOTALS = 7

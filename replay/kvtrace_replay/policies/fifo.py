@@ -1,0 +1,90 @@
+"""FIFO: first in, first out.
+
+Resident blocks stand in a queue in the order in which they were placed; using a block does not move it;
+the victim is the oldest of them. Among blocks that one request places, the tail of the chain counts as
+older than the head.
+
+With prefixes, blocks that a running request holds are passed over. So that they are not passed over again
+and again, a held block met at the old end of the queue is set aside; when it is let go it enters a small
+heap, ordered by insertion. Everything in that heap is older than everything in the queue, so the heap is
+asked first.
+
+L. A. Belady, "A study of replacement algorithms for a virtual-storage computer", IBM Systems Journal
+5(2), 1966.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from kvtrace_replay.policies.registry import Stream, policy
+from kvtrace_replay.structures.heap import Heap, heap_pop, heap_push
+
+I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
+
+# Slots of `now_at`.
+HEAD, COUNT, TAKEN, RETURNED = range(4)
+
+
+@policy(
+    "fifo",
+    summary="evicts the block that was placed longest ago",
+    paper="Belady, IBM Systems Journal 5(2), 1966",
+)
+class Fifo:
+    """State: `queue` int32[capacity], a ring; `now_at` int64[4]: the ring's head, its count, how many
+    blocks were ever taken from it (the insertion number of the next), the heap's size; `aside`
+    bool[n_identities], set aside and still held; `number` int64[n_identities], insertion numbers of blocks
+    set aside; `heap` of number << 32 | key."""
+
+    @staticmethod
+    def setup(stream: Stream, capacity: int) -> tuple[I32, I64, Flags, I64, Heap]:
+        n = stream.n_identities if stream.semantics != "object" else 0
+        return (
+            np.zeros(capacity, np.int32),
+            np.zeros(4, np.int64),
+            np.zeros(n, np.bool_),
+            np.zeros(n, np.int64),
+            np.zeros(n, np.int64),
+        )
+
+    @staticmethod
+    def insert(key: int, now: int, queue: I32, now_at: I64, aside: Flags, number: I64, heap: Heap) -> None:
+        at = now_at[HEAD] + now_at[COUNT]
+        if at >= queue.size:
+            at -= queue.size
+        queue[at] = key
+        now_at[COUNT] += 1
+
+    @staticmethod
+    def hit(key: int, pinned: bool, now: int, queue: I32, now_at: I64, aside: Flags, number: I64, heap: Heap) -> None:
+        pass
+
+    @staticmethod
+    def evict(key: int, now: int, pins: I32, queue: I32, now_at: I64, aside: Flags, number: I64, heap: Heap) -> int:
+        while now_at[RETURNED] > 0:
+            victim = np.int64(heap[0] & 0xFFFFFFFF)
+            now_at[RETURNED] = heap_pop(heap, now_at[RETURNED])
+            if pins[victim] == 0:
+                return victim  # type: ignore[return-value]
+            aside[victim] = True
+        while True:
+            victim = np.int64(queue[now_at[HEAD]])
+            now_at[HEAD] += 1
+            if now_at[HEAD] == queue.size:
+                now_at[HEAD] = 0
+            now_at[COUNT] -= 1
+            now_at[TAKEN] += 1
+            if pins[victim] == 0:
+                return victim  # type: ignore[return-value]
+            aside[victim] = True
+            number[victim] = now_at[TAKEN]
+
+    @staticmethod
+    def unpin(key: int, queue: I32, now_at: I64, aside: Flags, number: I64, heap: Heap) -> None:
+        if aside[key]:
+            aside[key] = False
+            now_at[RETURNED] = heap_push(heap, now_at[RETURNED], (number[key] << 32) | key)

@@ -1,0 +1,235 @@
+"""`from_trace`: the requests of one engine of a trace, at a block size, as a `Workload`.
+
+Chains are recorded at granule stride: entry j stands for the whole prefix up to token (j + 1) * granule.
+A block size of k granules takes every k-th entry; equal entries mean equal whole prefixes, so the
+identities stay exact.
+
+A *recorded* trace (from a serving engine) keeps full blocks only, the engine's hit cap, and the
+interleaving of admissions and finishes. An *import* keeps its ids as they stand: a partial last block
+counts, nothing is capped, every request is replayed at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from kvtrace_replay.workload.model import Workload
+from kvtrace_traces.compile import njit
+from kvtrace_traces.errors import KvtraceError, UsageError
+
+I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
+
+
+def from_trace(trace: Any, block_size: int | None = None, engine_index: int | None = None) -> Workload:
+    """The requests that one engine of `trace` admitted, in order of their number.
+
+    Args:
+        trace: a `kvtrace_traces` Trace.
+        block_size: tokens a block; default the trace's own; any multiple of its granule.
+        engine_index: which engine of a trace that has several (the caller loops); default: the first.
+
+    Recorded requests that were never admitted (no first step) are left out. Raises UsageError for a block
+    size that is no multiple of the granule or an engine that is not there, KvtraceError for a trace
+    without chains.
+    """
+    header = _header(trace, engine_index)
+    engine_index = int(header["engine_index"])
+    own_size = int(header["block_size"])
+    granule = int(header.get("granule") or own_size)
+    size = own_size if block_size is None else block_size
+    stride = _stride(size, granule)
+    recorded = header.get("source") != "import"
+
+    requests = trace.requests.filter(pl.col("engine_index") == engine_index).sort("request")
+    chains = trace.chains(engine_index)
+    rows = _chain_rows(requests, chains.indptr)
+    if recorded:
+        admitted = requests["first_step"].is_not_null().to_numpy()
+        requests, rows = requests.filter(admitted), rows[admitted]
+    prompt_tokens = requests["prompt_tokens"].cast(pl.Int64).to_numpy().astype(np.int64)
+    starts = np.asarray(chains.indptr, np.int64)[rows]
+    available = np.asarray(chains.indptr, np.int64)[rows + 1] - starts
+
+    if recorded:
+        lengths = np.minimum(available // stride, _full_blocks(requests, size))
+        prompt_blocks = np.minimum(prompt_tokens // size, lengths)
+        hit_cap = np.maximum(prompt_tokens - 1, 0) // size
+        if "no_cache_read" in requests.columns:  # vLLM's skip_reading_prefix_cache: such a request never hits
+            hit_cap[requests["no_cache_read"].fill_null(False).to_numpy()] = 0
+    else:
+        lengths = -(-available // stride)
+        prompt_blocks = hit_cap = lengths
+
+    indptr = np.zeros(lengths.size + 1, np.int64)
+    np.cumsum(lengths, out=indptr[1:])
+    entries = _entries(starts, available, indptr, stride)
+    ids = np.ascontiguousarray(chains.identities, np.int32)
+    identities, n_identities = _densify(ids[entries], int(ids.max()) + 1 if ids.size else 0)
+    block_tokens = np.full(entries.size, size, np.int32)
+    if not recorded:
+        some = lengths > 0
+        last = prompt_tokens - (lengths - 1) * size
+        block_tokens[indptr[1:][some] - 1] = np.clip(last[some], 1, size)
+
+    own_bytes = header.get("bytes_per_block")
+    return Workload(
+        identities=identities,
+        indptr=indptr,
+        prompt_blocks=prompt_blocks.astype(np.int32),
+        hit_cap=hit_cap.astype(np.int32),
+        prompt_tokens=prompt_tokens,
+        block_tokens=block_tokens,
+        schedule=_schedule(trace, requests, engine_index) if recorded else None,
+        raw=_raw(trace, header, engine_index, starts, available, indptr, stride),
+        block_size=size,
+        n_identities=n_identities,
+        source="recorded" if recorded else "import",
+        bytes_per_block=None if own_bytes is None else int(own_bytes) * size // own_size,
+    )
+
+
+def _header(trace: Any, engine_index: int | None) -> dict[str, Any]:
+    headers = [{"engine_index": position, **header} for position, header in enumerate(trace.engines)]
+    if engine_index is None:
+        return headers[0]
+    for header in headers:
+        if int(header["engine_index"]) == engine_index:
+            return header
+    known = ", ".join(str(header["engine_index"]) for header in headers)
+    raise UsageError(f"the trace has no engine {engine_index}: choose from {known}")
+
+
+def _stride(size: int, granule: int) -> int:
+    if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1 or size % granule:
+        examples = ", ".join(str(granule * k) for k in (1, 2, 3, 4))
+        raise UsageError(
+            f"block size {size} is no multiple of the trace's granule of {granule} tokens: possible are "
+            f"{examples}, ... (a finer one must be chosen while recording, --granule)"
+        )
+    return int(size) // granule
+
+
+def _chain_rows(requests: pl.DataFrame, indptr: npt.NDArray[Any]) -> I64:
+    """Which chain belongs to each request: by its number, or by its row where numbers are missing from
+    the trace."""
+    n_chains = len(indptr) - 1
+    if requests.height == n_chains:
+        return np.arange(n_chains, dtype=np.int64)
+    numbers = requests["request"].cast(pl.Int64).to_numpy().astype(np.int64)
+    if numbers.size and int(numbers[-1]) >= n_chains:
+        raise KvtraceError(f"the trace has {requests.height} requests but {n_chains} chains: it is damaged")
+    return numbers
+
+
+def _full_blocks(requests: pl.DataFrame, size: int) -> I64:
+    """Full blocks of prompt and output that the engine computed; where the output is unknown, no limit but the chain.
+
+    The very last output token is sampled and never computed, so a block that it completes holds no keys for it and
+    is not cached (vLLM 0.32.0, `KVCacheManager.allocate_slots`: blocks are cached up to the scheduled tokens).
+    """
+    output = requests["output_tokens"].cast(pl.Int64)
+    tokens = requests["prompt_tokens"].cast(pl.Int64) + output - (output > 0).cast(pl.Int64)
+    limit = (tokens // size).fill_null(np.iinfo(np.int64).max)
+    return limit.to_numpy().astype(np.int64)
+
+
+@njit
+def _entries(starts: I64, available: I64, indptr: I64, stride: int) -> I64:
+    """int64[n_refs]: the position, in the trace's chains, of the granule that ends each block (or the
+    last one)."""
+    entries = np.empty(indptr[-1], np.int64)
+    for r in range(starts.size):
+        for j in range(indptr[r + 1] - indptr[r]):
+            entries[indptr[r] + j] = starts[r] + min((j + 1) * stride, available[r]) - 1
+    return entries
+
+
+@njit
+def _densify(ids: I32, n_ids: int) -> tuple[I32, int]:
+    """`ids` renumbered 0, 1, ... in order of first use, and how many there are."""
+    number = np.full(n_ids, -1, np.int32)
+    dense = np.empty(ids.size, np.int32)
+    count = 0
+    for i in range(ids.size):
+        if number[ids[i]] < 0:
+            number[ids[i]] = count
+            count += 1
+        dense[i] = number[ids[i]]
+    return dense, count
+
+
+def _raw(
+    trace: Any,
+    header: dict[str, Any],
+    engine_index: int,
+    starts: I64,
+    available: I64,
+    indptr: I64,
+    stride: int,
+) -> I32 | None:
+    """Dense content ids of the blocks, where the trace has them; a block of several granules is the tuple
+    of theirs."""
+    content = trace.raw_ids(engine_index) if header.get("source") == "import" else None
+    if content is None:
+        return None
+    ids = np.ascontiguousarray(content, np.int32)
+    if stride > 1:
+        grouped = _group(ids, starts, available, indptr, stride)
+        ids = np.unique(grouped, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int32)
+    else:
+        ids = ids[_entries(starts, available, indptr, stride)]
+    dense: I32 = _densify(ids, int(ids.max()) + 1 if ids.size else 0)[0]
+    return dense
+
+
+@njit
+def _group(ids: I32, starts: I64, available: I64, indptr: I64, stride: int) -> npt.NDArray[np.int32]:
+    """int32[n_refs, stride]: the content ids of each block's granules, -1 where the last block has fewer."""
+    grouped = np.full((indptr[-1], stride), -1, np.int32)
+    for r in range(starts.size):
+        for j in range(indptr[r + 1] - indptr[r]):
+            for k in range(min(stride, available[r] - j * stride)):
+                grouped[indptr[r] + j, k] = ids[starts[r] + j * stride + k]
+    return grouped
+
+
+def _schedule(trace: Any, requests: pl.DataFrame, engine_index: int) -> I64:
+    """Admissions and finishes in log order.
+
+    Within a step admissions come first (vLLM schedules, runs, then takes the outputs), in order of their
+    lookups, requests without one by their number; finishes follow in order of time, then of admission.
+    """
+    n = requests.height
+    own = trace.lookups.lazy().filter(pl.col("engine_index") == engine_index).with_row_index("order").collect()
+    first = (
+        own.join(requests.select("request", "first_step"), on="request")
+        .filter(pl.col("step") == pl.col("first_step"))
+        .group_by("request")
+        .agg(pl.col("order").min().cast(pl.Int64))
+    )
+    table = requests.select("request", "first_step", "finish_step", "finish_ns").join(
+        first, on="request", how="left", maintain_order="left"
+    )
+    late = np.iinfo(np.int64).max
+    number = np.arange(n, dtype=np.int64)
+    first_step = table["first_step"].cast(pl.Int64).to_numpy().astype(np.int64)
+    order = table["order"].fill_null(late).to_numpy().astype(np.int64)
+    admission = np.lexsort((number, order, first_step))
+    rank = np.empty(n, np.int64)
+    rank[admission] = number
+
+    finished = table["finish_step"].is_not_null().to_numpy()
+    finish_step = np.maximum(table["finish_step"].cast(pl.Int64).fill_null(late).to_numpy(), first_step)
+    finish_ns = table["finish_ns"].cast(pl.Int64).fill_null(late).to_numpy()
+    finish = np.lexsort((rank, finish_ns, finish_step))
+    finish = finish[finished[finish]]
+
+    entry = np.concatenate([admission + 1, -(finish + 1)])
+    step = np.concatenate([first_step[admission], finish_step[finish]])
+    # Stable: admissions, which stand first, stay before the finishes of their step.
+    return np.ascontiguousarray(entry[np.argsort(step, kind="stable")], np.int64)

@@ -1,0 +1,144 @@
+"""Traced runs that a worker process makes and compares with what the engine said of them. Plain functions of JSON."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from . import workloads
+from .engine import EngineConfig, engine
+from .oracle import Snapshots, compare
+from .workloads import Arrival, drive
+
+KINDS = ("shared_prefixes", "multi_turn", "duplicates", "block_aligned", "thrashing", "long_prompts", "mixed")
+
+
+def arrivals(kind: str, seed: int, block_size: int) -> list[Arrival]:
+    """The workload `kind` of `workloads`; the sizes of some follow the block size."""
+    make = getattr(workloads, kind)
+    return make(seed, max(block_size, 4)) if kind in ("block_aligned", "mixed") else make(seed)
+
+
+def counted(folder: Path, wrong: list[str]) -> dict[str, Any]:
+    """What happened in the trace, beside what was wrong."""
+    from kvtrace_traces import open_trace
+
+    trace = open_trace(folder)
+    counts = dict(trace.block_events["kind"].cast(str).value_counts().iter_rows())
+    return {
+        "wrong": wrong,
+        "preemptions": trace.preemptions.height,
+        "requests": trace.requests.height,
+        "inexact": trace.info["inexact"],
+        "granule": trace.info["granule"],
+        "aborted": trace.requests.filter(trace.requests["finish_reason"] == "abort").height,
+        **counts,
+    }
+
+
+def random_stub(folder: str, model: str, seed: int) -> dict[str, Any]:
+    """A random workload at random settings through the real scheduler with a made-up model, traced and compared."""
+    from .stub import StubEngine
+
+    rng = random.Random(seed)
+    block_size = rng.choice([1, 4, 16, 16, 32, 48])
+    caching, asynchronous = rng.random() < 0.85, rng.random() < 0.5
+    policy = rng.choice(["fcfs", "fcfs", "priority"])
+    granule = rng.choice([1, 2, block_size]) if rng.random() < 0.25 else None
+    kind = rng.choice(KINDS)
+    requests = [
+        replace(
+            arrival,
+            priority=rng.choice([0, 0, 1, 2]) if policy == "priority" else 0,
+            cache_salt=rng.choice([None, None, "tenant"]) if kind == "shared_prefixes" else None,
+        )
+        for arrival in arrivals(kind, seed, block_size)
+    ]
+    if rng.random() < 0.6:
+        requests = workloads.staggered(seed, requests)
+    resets = rng.random() < 0.2
+    with traced(folder, granule):
+        stub = StubEngine(
+            model,
+            block_size=block_size,
+            num_blocks=-(-1024 // block_size) + 2 + rng.choice([0, 2, 10, 40, 400]) * (5 if block_size < 4 else 1),
+            max_model_len=1024,
+            max_num_seqs=rng.choice([2, 8, 32, 64]),
+            max_num_batched_tokens=rng.choice([64, 128, 512, 2048]),
+            long_prefill_token_threshold=rng.choice([0, 0, 40]),
+            scheduling_policy=policy,
+            prefix_caching=caching,
+            async_scheduling=asynchronous,
+            kv_events=caching and rng.random() < 0.6,
+        )
+    snapshots = Snapshots(stub.scheduler, stub.observer, seed, 0.05)
+
+    def after_step(step: int) -> None:
+        if resets and step % 50 == 49:
+            stub.scheduler.reset_prefix_cache(reset_running_requests=not asynchronous)
+
+    drive(stub, requests, after_step)
+    snapshots.take(-1)
+    result = stub.result()
+    stub.close()
+    return counted(Path(folder), compare(Path(folder), result, snapshots.states, caching))
+
+
+def real_engine(
+    folder: str | None, kind: str, seed: int, granule: int | None = None, stagger: bool = False, **config: Any
+) -> dict[str, Any]:
+    """A workload through a real `LLM` in this process, recorded to `folder`, or with None just run.
+
+    Returns the generated tokens, so that runs with and without the tracer can be compared. What the engine said is left
+    in `folder`/engine.pickle for `judge`, which must run in another process: vLLM 0.32 does not start an engine where
+    llvmlite, which the reader needs, was imported before (it looks into the attributes of all modules).
+    """
+    settings = EngineConfig(**config)
+    requests = arrivals(kind, seed, settings.block_size)
+    if stagger:
+        requests = workloads.staggered(seed, requests)
+    with traced(folder, granule), engine(settings) as live:
+        snapshots = Snapshots(live.scheduler, live.observer, seed, 0.05)
+        drive(live, requests)
+        snapshots.take(-1)
+        result = live.result()
+    if folder is not None:
+        said = (result, snapshots.states, settings.prefix_caching)
+        (Path(folder) / "engine.pickle").write_bytes(pickle.dumps(said))
+    return {"tokens": [row["tokens"] for row in result["requests"]]}
+
+
+def judge(folder: Path) -> dict[str, Any]:
+    """Compare a recorded `real_engine` run with what the engine said of it."""
+    result, states, caching = pickle.loads((folder / "engine.pickle").read_bytes())
+    return counted(folder, compare(folder, result, states, caching))
+
+
+class traced:
+    """Schedulers made inside record to `folder` (None: they do not record)."""
+
+    def __init__(self, folder: str | None, granule: int | None = None) -> None:
+        self._values = {"KVTRACE_OUT": folder, "KVTRACE_GRANULE": None if granule is None else str(granule)}
+
+    def __enter__(self) -> None:
+        # vLLM loads its plugins once a process; what is recorded is asked each time a scheduler is made.
+        os.environ.setdefault("KVTRACE_OUT", "armed")
+        import kvtrace_tracer
+
+        kvtrace_tracer.register()
+        self._apply()
+
+    def _apply(self) -> None:
+        for name, value in self._values.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+    def __exit__(self, *_: object) -> None:
+        for name in self._values:
+            os.environ.pop(name, None)

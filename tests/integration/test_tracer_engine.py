@@ -1,0 +1,83 @@
+"""The tracer against the engine's own word: pool states, KV events, statistics and requests of real runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_support import scenarios
+from engine_support.worker import Worker
+
+pytestmark = pytest.mark.engine
+
+BATCHES, SEEDS_A_BATCH = 8, 8
+
+
+@pytest.fixture(scope="module")
+def live_worker() -> Iterator[Worker]:
+    """A process for real engines; see `scenarios.real_engine` for why the random runs have another."""
+    with Worker() as process:
+        yield process
+
+
+happened: Counter[str] = Counter()
+
+
+@pytest.mark.parametrize("batch", range(BATCHES))
+def test_random_runs_of_the_real_scheduler(batch: int, engine_worker: Worker, tiny_model: Path, tmp_path: Path) -> None:
+    """Random settings and workloads, synchronous and asynchronous: the rebuilt pool is the engine's, at random steps."""
+    for seed in range(batch * SEEDS_A_BATCH, (batch + 1) * SEEDS_A_BATCH):
+        found = engine_worker.call(scenarios.random_stub, folder=str(tmp_path / str(seed)), model=str(tiny_model), seed=seed)
+        assert found["wrong"] == [], f"seed {seed}: {found['wrong']}"
+        assert found["inexact"] == []
+        happened.update({key: value for key, value in found.items() if isinstance(value, int)})
+
+
+def test_the_random_runs_were_no_walk_in_the_park() -> None:
+    """Together they saw everything that a trace can hold."""
+    if not happened:
+        pytest.skip("the random runs were not selected")
+    for what in ("allocate", "hit", "fill", "free", "evict", "reset", "preemptions", "aborted"):
+        assert happened[what] > 0, f"no {what} in {dict(happened)}"
+
+
+SMALL = {"num_blocks": 40, "max_model_len": 1024, "max_num_batched_tokens": 256, "max_num_seqs": 16}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("shared_prefixes", {"kv_events": True, **SMALL}),
+        ("multi_turn", {"kv_events": True, **SMALL}),
+        ("duplicates", {"kv_events": True, "block_size": 64, **SMALL}),
+        ("thrashing", {"kv_events": True, **SMALL}),
+        ("thrashing", {"scheduling_policy": "priority", **SMALL}),
+        ("thrashing", {"prefix_caching": False, **SMALL}),
+        ("long_prompts", {"kv_events": True, **SMALL, "max_num_batched_tokens": 64}),
+        ("mixed", {"kv_events": True, "granule": 8, "stagger": True, **SMALL}),
+        ("mixed", {"prefix_caching": False, "granule": 1, "stagger": True, **SMALL}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(str(v) for k, v in value.items() if k not in SMALL),
+)
+def test_real_engine(kind: str, settings: dict[str, Any], live_worker: Worker, weighted_model: Path, tmp_path: Path) -> None:
+    """The whole engine with a model whose outputs depend on its KV cache; the same tokens without the tracer."""
+    folder = tmp_path / "trace"
+    traced = live_worker.call(
+        scenarios.real_engine, folder=str(folder), kind=kind, seed=7, model=str(weighted_model), **settings
+    )
+    found = scenarios.judge(folder)
+    assert found["wrong"] == []
+    assert found["inexact"] == []
+    if settings.get("prefix_caching", True) and kind != "long_prompts":
+        assert found["hit"] > 0
+    if kind == "thrashing":
+        assert found["preemptions"] > 0
+        assert "evict" in found or not settings.get("prefix_caching", True)
+    if "granule" in settings:
+        assert found["granule"] == settings["granule"]
+    plain = {key: value for key, value in settings.items() if key != "granule"}
+    bare = live_worker.call(scenarios.real_engine, folder=None, kind=kind, seed=7, model=str(weighted_model), **plain)
+    assert bare["tokens"] == traced["tokens"]

@@ -1,0 +1,145 @@
+"""The compiled drivers against their slow twins, on thousands of random workloads."""
+
+from __future__ import annotations
+
+import math
+import random
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvtrace_replay import Workload, replay, replay_requests
+from unit.replay.twins import make_workload, twin
+
+POLICIES = ["lru", "fifo", "opt"]
+SEMANTICS = ["object", "prefix"]
+
+
+def random_workload(rng: random.Random) -> tuple[Workload, int]:
+    """A small workload of any kind, and its largest request in distinct blocks."""
+    chained = rng.random() < 0.6
+    n_requests = rng.choice([1, 2, 3, 5, 8, 15, 30])
+    alphabet = rng.randint(1, 4) if chained else rng.randint(1, 25)
+    numbers: dict[tuple[int, ...], int] = {}
+    chains: list[list[int]] = []
+    contents: list[int] = []
+    tails: list[tuple[int, ...]] = [()]
+    for _ in range(n_requests):
+        base = rng.choice(tails) if rng.random() < 0.5 else ()
+        tokens = (*base, *(rng.randrange(alphabet) for _ in range(rng.randint(0, 6))))[:12]
+        tails.append(tokens)
+        # Chained identities name the whole prefix; content ids name the block alone and may repeat in a
+        # request.
+        keys = [tokens[: i + 1] if chained else (tokens[i],) for i in range(len(tokens))]
+        chains.append([numbers.setdefault(key, len(numbers)) for key in keys])
+        contents += tokens
+    prompts = [rng.randint(0, len(c)) if rng.random() < 0.7 else len(c) for c in chains]
+    seen: dict[int, int] = {}
+    raw = [seen.setdefault(content, len(seen)) for content in contents]
+    workload = make_workload(
+        chains,
+        prompt_blocks=prompts,
+        hit_cap=[max(0, n - rng.choice([0, 0, 1, 3])) for n in prompts],
+        schedule=random_schedule(rng, n_requests) if rng.random() < 0.6 else None,
+        raw=raw if rng.random() < 0.3 else None,
+        block_tokens=[rng.randint(1, 16) for _ in contents],
+    )
+    return workload, max([1, *(len(set(chain)) for chain in chains)])
+
+
+def random_schedule(rng: random.Random, n_requests: int) -> list[int]:
+    waiting = list(range(1, n_requests + 1))
+    if rng.random() < 0.3:
+        rng.shuffle(waiting)
+    running: list[int] = []
+    schedule = []
+    most = rng.choice([1, 2, 4, 30])
+    while waiting or running:
+        if waiting and len(running) < most and (not running or rng.random() < 0.5):
+            running.append(waiting.pop(0))
+            schedule.append(running[-1])
+        else:
+            schedule.append(-running.pop(rng.randrange(len(running))))
+    never_ends = {r for r in range(1, n_requests + 1) if rng.random() < 0.05}
+    return [entry for entry in schedule if -entry not in never_ends]
+
+
+def check(workload: Workload, policy: str, semantics: str, capacity: float) -> None:
+    expected = twin(workload, policy, capacity, semantics)
+    (row,) = replay(workload, policy, capacity, semantics)
+    assert replay_requests(workload, policy, capacity, semantics).tolist() == expected.hits
+    assert row["block_hits"] == sum(expected.hits)
+    assert row["token_hits"] == expected.token_hits
+    assert row["evictions"] == expected.evictions
+    assert row["pin_overflow_requests"] == len(expected.overflows)
+    assert row["why"] is None
+
+
+@pytest.mark.parametrize("semantics", SEMANTICS)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_thousands_of_random_workloads(policy: str, semantics: str) -> None:
+    rng = random.Random(f"{policy} {semantics}")
+    for _ in range(1500):
+        workload, largest = random_workload(rng)
+        least = 1 if semantics == "object" else largest
+        capacity = rng.choice([least, least + 1, least + rng.randint(0, 8), least + 20, math.inf])
+        check(workload, policy, semantics, capacity)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    policy=st.sampled_from(POLICIES),
+    semantics=st.sampled_from(SEMANTICS),
+    room=st.integers(0, 12),
+)
+def test_any_random_workload(seed: int, policy: str, semantics: str, room: int) -> None:
+    workload, largest = random_workload(random.Random(seed))
+    check(workload, policy, semantics, (1 if semantics == "object" else largest) + room)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    chains=st.lists(st.lists(st.integers(0, 9), max_size=6), min_size=1, max_size=8),
+    order=st.randoms(use_true_random=False),
+    concurrent=st.booleans(),
+    room=st.integers(0, 4),
+    policy=st.sampled_from(POLICIES),
+    data=st.data(),
+)
+def test_any_chains_shrinkable(
+    chains: list[list[int]],
+    order: random.Random,
+    concurrent: bool,
+    room: int,
+    policy: str,
+    data: st.DataObject,
+) -> None:
+    prompts = [data.draw(st.integers(0, len(chain))) for chain in chains]
+    workload = make_workload(
+        chains,
+        prompt_blocks=prompts,
+        schedule=random_schedule(order, len(chains)) if concurrent else None,
+    )
+    largest = max([1, *(len(set(chain)) for chain in chains)])
+    check(workload, policy, "prefix", largest + room)
+
+
+def test_the_random_workloads_cover_what_they_are_for() -> None:
+    rng = random.Random(0)
+    seen = dict.fromkeys(["overflow", "eviction", "duplicate", "unfinished", "capped", "output hit"], 0)
+    for _ in range(300):
+        workload, largest = random_workload(rng)
+        outcome = twin(workload, "lru", largest, "prefix")
+        chains = [workload.identities[a:b].tolist() for a, b in pairwise(workload.indptr)]
+        events = workload.schedule
+        seen["overflow"] += bool(outcome.overflows)
+        seen["eviction"] += bool(outcome.evictions)
+        seen["duplicate"] += any(len(set(chain)) < len(chain) for chain in chains)
+        seen["unfinished"] += events is not None and len(events) < 2 * workload.n_requests
+        seen["capped"] += (np.array(outcome.hits) == workload.hit_cap).any() and outcome.token_hits > 0
+        seen["output hit"] += (workload.prompt_blocks < np.diff(workload.indptr)).any()
+    assert min(seen.values()) > 20, seen

@@ -1,0 +1,134 @@
+"""The compile decorator: kept between processes, never stale, never fatal."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvtrace_replay import replay
+from unit.replay.twins import make_workload
+
+RUN = """
+import sys
+sys.path.insert(0, {where!r})
+import kvtrace_traces.compile as c
+import toy.main
+print(toy.main.answer(20), sum(toy.main.answer._cache_hits.values()), c.cache_folder("toy"))
+"""
+
+
+def toy(folder: Path, increment: int) -> None:
+    package = folder / "toy"
+    package.mkdir(exist_ok=True)
+    (package / "__init__.py").write_text("")
+    (package / "helper.py").write_text(
+        f"from kvtrace_traces.compile import njit\n@njit(cache=False)\ndef more(x):\n    return x + {increment}\n"
+    )
+    (package / "main.py").write_text(
+        "from kvtrace_traces.compile import njit\nfrom toy.helper import more\n"
+        "@njit\ndef answer(x):\n    return more(2 * x)\n"
+    )
+
+
+def run(folder: Path, code: str = RUN, **variables: str) -> tuple[list[str], str]:
+    env = {**os.environ, "KVTRACE_CACHE_DIR": str(folder / "cache"), **variables}
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", code.format(where=str(folder))],
+        env=env, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout.split(), done.stderr
+
+
+def test_kept_for_the_next_process_and_announced_once(tmp_path: Path) -> None:
+    toy(tmp_path, 2)
+    (answer, hits, _), notes = run(tmp_path)
+    assert (answer, hits) == ("42", "0")
+    assert notes.count("kvtrace: compiling for this machine (once)") == 1
+    (answer, hits, _), notes = run(tmp_path)
+    assert (answer, hits, notes) == ("42", "1", "")
+
+
+def test_a_changed_helper_in_another_file_is_seen(tmp_path: Path) -> None:
+    toy(tmp_path, 2)
+    run(tmp_path)
+    toy(tmp_path, 3)
+    (answer, hits, _), _ = run(tmp_path)
+    assert (answer, hits) == ("43", "0")
+
+
+def test_no_writable_folder_is_no_error(tmp_path: Path) -> None:
+    toy(tmp_path, 2)
+    (tmp_path / "file").write_text("")
+    (answer, hits, folder), notes = run(tmp_path, KVTRACE_CACHE_DIR=str(tmp_path / "file" / "below"))
+    assert (answer, hits, folder) == ("42", "0", "None")
+    assert "at each start: no writable cache folder, set KVTRACE_CACHE_DIR" in notes
+
+
+@pytest.mark.parametrize("damage", ["truncate", "garbage", "remove data"])
+def test_a_damaged_cache_is_compiled_anew(tmp_path: Path, damage: str) -> None:
+    toy(tmp_path, 2)
+    (_, _, folder), _ = run(tmp_path)
+    for file in Path(folder).iterdir():
+        if damage == "truncate":
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        elif damage == "garbage":
+            file.write_bytes(b"not a cache")
+        elif file.suffix == ".nbc":
+            file.unlink()
+    (answer, hits, _), _ = run(tmp_path)
+    assert (answer, hits) == ("42", "0")
+    (answer, hits, _), _ = run(tmp_path)
+    assert (answer, hits) == ("42", "1")
+
+
+REPLAY = """
+import sys
+sys.path.insert(0, {tests!r})
+from unit.replay.twins import make_workload
+from kvtrace_replay import load_policy_file, replay
+kinds = ["object", "prefix"]
+for file in sys.argv[1:]:
+    load_policy_file(file)
+print([r["block_hits"] for r in replay(make_workload([[0], [1], [0]]), {policies!r}, 2, kinds)])
+"""
+
+
+def test_drivers_are_kept_and_one_users_policy_harms_no_other_process(tmp_path: Path) -> None:
+    tests = str(Path(__file__).parents[2])
+    own = tmp_path / "own.py"
+    lru = Path(sys.modules["kvtrace_replay"].__path__[0]) / "policies" / "lru.py"
+    own.write_text(lru.read_text().replace('"lru"', '"own"'))
+
+    def go(policies: list[str], *files: str) -> tuple[str, str]:
+        done = subprocess.run(
+            [sys.executable, "-c", REPLAY.format(tests=tests, policies=policies), *files],
+            env={**os.environ, "KVTRACE_CACHE_DIR": str(tmp_path / "cache")},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return done.stdout.strip(), done.stderr
+
+    assert "compiling" in go(["lru"])[1]
+    assert go(["lru"]) == ("[1, 1]", "")
+    assert "compiling" in go(["own", "lru"], str(own))[1]
+    assert go(["lru"]) == ("[1, 1]", "")
+    assert go(["own", "lru"], str(own)) == ("[1, 1, 1, 1]", "")
+
+
+def test_without_the_compiler(tmp_path: Path) -> None:
+    code = """
+import sys
+sys.path.insert(0, {where!r})
+from unit.replay.twins import make_workload
+from kvtrace_replay import replay
+workload = make_workload([[0, 1, 2], [3, 4], [0, 1, 2]])
+print(*(r["block_hits"] for r in replay(workload, ["lru", "fifo", "opt"], 4, ["object", "prefix"])))
+"""
+    plain, notes = run(Path(__file__).parents[2], code, NUMBA_DISABLE_JIT="1", KVTRACE_CACHE_DIR=str(tmp_path))
+    workload = make_workload([[0, 1, 2], [3, 4], [0, 1, 2]])
+    rows = replay(workload, ["lru", "fifo", "opt"], 4, ["object", "prefix"])
+    assert plain == [str(row["block_hits"]) for row in rows]
+    assert notes == ""
