@@ -21,10 +21,10 @@ demo: $(VENV)/.base  ## a first look in about a minute: the bundled traces, no e
 demo-live: $(VENV)/.engine  ## serve a real small model, record it, replay the recording (downloads about 1.5 GB)
 	@rm -rf demo-live
 	@$(PY) examples/serve_chat/record_chat.py --out demo-live
-	@$(VENV)/bin/kvtrace replay demo-live --policy lru,fifo,sieve,s3fifo --capacity 25%,50%,100%,inf
+	@$(VENV)/bin/kvtrace replay demo-live --policy lru,fifo,opt --capacity 25%,50%,100%,inf
 
 test: $(VENV)/.engine  ## every test, those on the real vLLM included
-	@$(PY) -m pytest $(PYTEST_ARGS)
+	@KVTRACE_TEST_ENGINE=required $(PY) -m pytest $(PYTEST_ARGS)
 
 fast: $(VENV)/.dev  ## every test that needs no engine
 	@$(PY) -m pytest -m "not engine" $(PYTEST_ARGS)

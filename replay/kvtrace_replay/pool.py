@@ -2,7 +2,7 @@
 
 The rules are vLLM's (``v1/core/block_pool.py`` and ``FreeKVCacheBlockQueue`` of 0.32.0): block 0 is the null block; an
 allocation pops the front of the free queue; a request gives its blocks back last first, of which those without an
-identity go to the front in this order, those with one to the back (up to 0.20 all went to the back); of several
+identity go to the front in this order, those with one to the back (see :func:`uncached_first`); of several
 blocks with one identity a lookup gets the one cached first.
 """
 
@@ -55,14 +55,15 @@ class Followed(NamedTuple):
 
 
 def uncached_first(header: dict[str, Any]) -> bool | None:
-    """Whether blocks without an identity go to the front of the free queue in this engine; None if not known."""
+    """Whether blocks without an identity go to the front of the free queue in this engine; None if not known.
+
+    Read in ``BlockPool.free_blocks`` of vLLM 0.10.2 to 0.32.0: from 0.24 on they do.
+    """
     try:
         major, minor = (int(part) for part in str(header.get("engine_version")).split(".")[:2])
     except ValueError:
         return None
-    if (major, minor) <= (0, 20):
-        return False
-    return True if (major, minor) >= (0, 25) else None
+    return (major, minor) >= (0, 24)
 
 
 def follow(trace: Any, engine_index: int | None = None, upto: int | None = None, at: Any = None) -> Followed:

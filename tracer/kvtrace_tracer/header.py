@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import secrets
-import socket
 import sys
 import time
 from datetime import datetime, timezone
 from typing import Any
+
+from kvtrace_traces import wire
 
 TESTED_ENGINES = ("0.32.0",)
 """vLLM versions whose real runs the test suite compares with their traces."""
@@ -34,12 +35,12 @@ def describe(scheduler: Any, granule: int) -> dict[str, Any]:
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "clock_monotonic_ns": time.monotonic_ns(),
         "clock_wall_ns": time.time_ns(),
-        "host": socket.gethostname(),
+        "host": wire.host_id(),
         "pid": os.getpid(),
         "rank": _plain(getattr(parallel, "rank", 0)),
         "python": sys.version.split()[0],
         "device": _device(config),
-        "model": _plain(getattr(model, "served_model_name", None) or model.model),
+        "model": _model_name(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "cache_dtype": _plain(getattr(cache, "cache_dtype", None)),
         "max_model_len": _plain(scheduler.max_model_len),
@@ -169,6 +170,12 @@ def _engine_version() -> str:
         return str(vllm.__version__)
     except Exception:
         return "unknown"
+
+
+def _model_name(model: Any) -> str:
+    """The name it is served under; of a path on this machine only the last part."""
+    name = str(_plain(getattr(model, "served_model_name", None) or model.model))
+    return os.path.basename(name.rstrip("/")) if os.path.isabs(name) else name
 
 
 def _plain(value: Any) -> Any:

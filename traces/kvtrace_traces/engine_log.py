@@ -1,23 +1,24 @@
 """The log of one engine: its segments on disk, what is missing of them, and the arrays they decode to."""
 
+# mypy: disable-error-code="no-untyped-call"
 from __future__ import annotations
 
 import json
-import mmap
 import secrets
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtrace_traces import content, survey, wire
+from kvtrace_traces import content, rows, survey, wire
 from kvtrace_traces import events as play
 from kvtrace_traces.errors import KvtraceError
-from kvtrace_traces.scan import COMPLETE, OPEN, Scan, scan
+from kvtrace_traces.scan import COMPLETE, OPEN
 from kvtrace_traces.schema import INEXACT
+from kvtrace_traces.segments import Segment
 
-MAX_BLOCKS = 1 << 27
+MOST_UNSEEN = 1 << 20
+"""Requests that a log may claim beyond what its bytes can hold: a missing segment may have named so many."""
 
 
 class Chains(NamedTuple):
@@ -33,32 +34,11 @@ class Chains(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """The arrays of one engine; rows as in ``events``. ``known``: requests whose arrival was read."""
+    """The tables of one engine. ``known`` bool: requests whose arrival was read."""
 
     known: NDArray[np.bool_]
-    requests32: NDArray[np.int32]
-    requests64: NDArray[np.int64]
-    id_bytes: NDArray[np.uint8]
-    steps32: NDArray[np.int32]
-    steps64: NDArray[np.int64]
-    spans: NDArray[np.int32]
-    lookups: NDArray[np.int32]
-    preemptions: NDArray[np.int32]
-    preempted_at: NDArray[np.int64]
-    events: NDArray[np.int32]
-    times: NDArray[np.int64]
-    kinds: NDArray[np.uint8]
-    groups: NDArray[np.int16]
+    rows: rows.Rows
     chains: Chains
-
-
-class Segment(NamedTuple):
-    """One file of an engine's log."""
-
-    path: Path
-    data: NDArray[np.uint8]
-    scan: Scan
-    header: dict[str, Any]
 
 
 class Loss(NamedTuple):
@@ -74,9 +54,9 @@ class Loss(NamedTuple):
 class EngineLog:
     """The segments of one engine. Opening checks them; :meth:`decode` reads them.
 
-    Attributes: ``header``; ``segments``; ``used`` bytes; ``complete``: the end record was read and nothing is missing;
-    ``losses``; ``damaged``: stretches that did not check out; ``notes`` for the user; ``logged``: block rows in
-    the log, derived ones not counted; ``inexact``: names, those found while recording included.
+    Attributes: ``header``; ``segments``; ``used`` bytes; ``losses``; ``damaged``: stretches that did not check out;
+    ``notes`` for the user; ``logged``: block rows in the log, derived ones not counted; ``inexact``: names, those found
+    while recording included.
     """
 
     def __init__(self, segments: list[Segment], recover: str) -> None:
@@ -89,11 +69,29 @@ class EngineLog:
         self._recover = recover
         self._decoded: Decoded | None = None
         self.raw: NDArray[np.int32] | None = None  # content ids, once decoded
+        self._end_events: int | None = None
+        self._leave_out_copies()
         self._assemble()
         self._survey()
-        self.complete = self._ended and not self.losses and not self.damaged
+
+    @property
+    def complete(self) -> bool:
+        """The end record was read and nothing is known to be missing."""
+        return self._ended and not self.losses and not self.damaged
 
     # ---------------------------------------------------------------- what is there
+
+    def _leave_out_copies(self) -> None:
+        """A copy of a file in the same folder is no second recording: of equal segments the longest is read."""
+        best: dict[int, Segment] = {}
+        for segment in self.segments:
+            number = int(segment.header.get("segment", 0))
+            kept = best.get(number)
+            if kept is None or segment.scan.used > kept.scan.used:
+                best[number], segment = segment, kept  # type: ignore[assignment]
+            if segment is not None:
+                self.notes.append(f"{segment.path.name} is a copy of {best[number].path.name}, and is left out")
+        self.segments = list(best.values())
 
     def _assemble(self) -> None:
         """Lay the OPS commits of all segments out as one array of words, and note what lies between them."""
@@ -104,7 +102,8 @@ class EngineLog:
             number, found = int(segment.header.get("segment", 0)), segment.scan
             if number != expected:
                 what = f"{expected}" if number == expected + 1 else f"{expected} to {number - 1}"
-                self.losses.append(Loss("gap", None, None, None, f"segment {what} before {segment.path.name} is missing"))
+                detail = f"segment {what} before {segment.path.name} is missing"
+                self.losses.append(Loss("gap", None, None, None, detail))
                 missing = True
             expected = number + 1
             words.append(segment.data[: len(segment.data) // 4 * 4].view("<u4"))
@@ -113,7 +112,8 @@ class EngineLog:
             gap = np.diff(breaks, prepend=0) > 0
             if len(gap):
                 gap[0] |= missing
-                missing = bool(found.gaps[ops[-1] + 1 :].any())
+                missing = False
+            missing |= bool(found.gaps[(ops[-1] + 1 if len(ops) else 0) :].any())
             starts.append(found.offsets[ops] // 4 + base)
             stops.append((found.offsets[ops] + found.lengths[ops]) // 4 + base)
             keys.append((found.flags[ops] & wire.KEY) != 0)
@@ -122,24 +122,28 @@ class EngineLog:
             last = int(found.kinds[-1]) if len(found.kinds) else 0
             self._ended = last == wire.END
             missing |= last != wire.NEXT
-            self._read_losses(segment)
+            self._read_records(segment)
             self._note_ending(segment, last)
         self._words = words[0] if len(words) == 1 else np.concatenate(words)
         self._starts, self._stops = np.concatenate(starts), np.concatenate(stops)
         self._keys, self._gaps = np.concatenate(keys), np.concatenate(gaps)
 
-    def _read_losses(self, segment: Segment) -> None:
+    def _read_records(self, segment: Segment) -> None:
         found = segment.scan
-        for i in np.flatnonzero(found.kinds == wire.LOSS):
+        for i in np.flatnonzero((found.kinds == wire.LOSS) | (found.kinds == wire.END)):
             body = segment.data[found.offsets[i] : found.offsets[i] + found.lengths[i]].tobytes()
             try:
-                loss = json.loads(body)
-                entry = Loss(
-                    str(loss["reason"]), int(loss["time_ns"]), int(loss["commits"]), int(loss["events"]), str(loss["detail"])
-                )
-            except (ValueError, KeyError, TypeError):
-                entry = Loss("damage", None, None, None, "a loss record that does not read")
-            self.losses.append(entry)
+                told = json.loads(body)
+                if found.kinds[i] == wire.END:
+                    self._end_events = _count(told["events"]) if "events" in told else None
+                    continue
+                loss = Loss(
+                    str(told["reason"]), _count(told["time_ns"]), _count(told["commits"]), _count(told["events"]),
+                    str(told["detail"]),
+                )  # fmt: skip
+            except (ValueError, KeyError, TypeError, RecursionError):
+                loss = Loss("damage", None, None, None, "a record of a loss, or of the end, that does not read")
+            self.losses.append(loss)
 
     def _note_ending(self, segment: Segment, last: int) -> None:
         found, name = segment.scan, segment.path.name
@@ -153,59 +157,55 @@ class EngineLog:
 
     def _survey(self) -> None:
         """Check and count the operations; decide what to do about damage."""
-        name = self.segments[0].path.name
-        num_blocks = self.header.get("num_blocks")
-        if not isinstance(num_blocks, int) or not 0 <= num_blocks <= MAX_BLOCKS:
-            raise KvtraceError(f"{name}: the header gives no sensible number of blocks: the file is damaged")
-        self._num_blocks = max(1, num_blocks)
-        n = len(self._starts)
-        self._use = np.zeros(n, np.bool_)
-        room = min(self.used // 8 + 16, 1 << 28)  # requests that the bytes could hold; IDS takes 8 for each
-        gaps = self._gaps.copy()
-        dropped = 0
-        if self._recover == "tail" and gaps.any():
-            first = int(np.argmax(gaps))
-            dropped = n - first
-            self._cut(first)
-            gaps = self._gaps.copy()
-        counts, malformed = survey.survey(
-            self._words, self._starts, self._stops, self._keys, gaps, self._use, room, self._num_blocks
-        )
-        unused = len(self._use) - int(self._use.sum())
-        if malformed:
-            self.damaged += int(malformed)
-        if self.damaged and self._recover == "strict":
+        self._num_blocks = max(1, int(self.header["num_blocks"]))
+        commits, gaps = len(self._starts), int(self._gaps.sum())
+        if self._recover == "tail" and gaps:
+            self._cut(int(np.argmax(self._gaps)))
+        counts, malformed = self._check()
+        self.damaged += malformed
+        unused = int(len(self._use) - self._use.sum())
+        if self._recover == "strict" and (self.damaged or unused or gaps):
+            name = self.segments[0].path.name
             at = next((s.scan.damaged_at for s in self.segments if s.scan.damaged_at >= 0), -1)
             where = f" at byte {at:,}" if at >= 0 else ""
             raise KvtraceError(f"{name} is damaged{where}: read it with recover='skip' to get the rest")
         if self._recover == "tail" and unused:
             # Everything from the first commit that does not decode is left out.
-            first = int(np.argmin(self._use))
-            dropped += len(self._use) - first
-            self._cut(first)
-            self._use = np.zeros(first, np.bool_)
-            counts, _ = survey.survey(
-                self._words, self._starts, self._stops, self._keys, self._gaps, self._use, room, self._num_blocks
-            )
-            unused = 0
+            self._cut(int(np.argmin(self._use)))
+            counts, _ = self._check()
         self._counts = counts
-        if self.damaged:
-            events = int(counts[survey.N_KEY_LOST]) if self._recover == "skip" else None
-            left_out = dropped + unused
-            self.losses.append(
-                Loss("damage", None, left_out or None, events, f"{self.damaged} damaged stretch(es) of the log; "
-                     f"{left_out} whole commit(s) after them left out (recover='{self._recover}')")
-            )  # fmt: skip
-        self.logged = int(counts[survey.N_LOGGED] - counts[survey.N_KEY_LOST])
+        logged = int(counts[survey.N_LOGGED])
+        # Frames count the events before them, and the end record counts all: what was not read is missing.
+        lost: int | None = int(counts[survey.N_KEY_LOST])
+        recorded = sum(loss.events or 0 for loss in self.losses)
+        if self._end_events is not None:
+            lost = counts[survey.N_KEY_LOST] + max(0, self._end_events - logged - recorded)
+        elif self._recover == "tail" and (gaps or unused):
+            lost = None
+        left_out = commits - int(self._use.sum())
+        if self.damaged or left_out or lost:
+            what = f"{self.damaged} damaged stretch(es) of the log" if self.damaged else "a part of the log is missing"
+            reason = "damage" if self.damaged else "gap"
+            detail = f"{what}; {left_out} whole commit(s) after it left out (recover='{self._recover}')"
+            self.losses.append(Loss(reason, None, left_out or None, None if lost is None else int(lost), detail))
+        self.logged = logged - int(counts[survey.N_KEY_LOST] + counts[survey.N_FIRST_LOGGED])
         found = int(counts[survey.N_INEXACT])
         late = [reason for bit, reason in enumerate(INEXACT) if found >> bit & 1]
         told = [str(reason) for reason in self.header.get("inexact", [])]
         self.inexact = told + [reason for reason in late if reason not in told]
 
+    def _check(self) -> tuple[NDArray[np.int64], int]:
+        self._use = np.zeros(len(self._starts), np.bool_)
+        # Requests that the bytes could hold (IDS takes 8 for each), and those that what is missing may have held.
+        room = min(max(self.used // 8, MOST_UNSEEN) + 16, 1 << 28)
+        counts, malformed = survey.survey(
+            self._words, self._starts, self._stops, self._keys, self._gaps, self._use, room, self._num_blocks
+        )
+        return counts, int(malformed)
+
     def _cut(self, first: int) -> None:
         self._starts, self._stops = self._starts[:first], self._stops[:first]
         self._keys, self._gaps = self._keys[:first], self._gaps[:first]
-        self._use = self._use[:first]
 
     @property
     def dropped(self) -> int:
@@ -245,40 +245,53 @@ class EngineLog:
         counts = self._counts
         total, references = int(counts[survey.N_REQUESTS]), int(counts[survey.N_REFERENCES])
         known, chains, explicit = self._chains()
-        requests32, requests64 = np.full((13, total), -1, np.int32), np.full((5, total), -1, np.int64)
-        requests32[play.R_PREEMPTIONS] = 0
-        requests32[play.R_ID_BYTES] = 0
-        requests64[play.R_TENANT] = 0
-        id_bytes = np.empty(int(counts[survey.N_ID_BYTES]), np.uint8)
-        n_steps = int(counts[survey.N_STEPS])
-        steps32, steps64 = np.empty((8, n_steps), np.int32), np.full((2, n_steps), -1, np.int64)
-        spans = np.empty((5, 2 * int(counts[survey.N_ENTRIES]) + 1), np.int32)
-        lookups = np.empty((5, int(counts[survey.N_LOOKUPS])), np.int32)
-        preemptions = np.empty((4, int(counts[survey.N_PREEMPTIONS])), np.int32)
-        preempted_at = np.empty(preemptions.shape[1], np.int64)
-        # Each reference is made, filled and given up at most once, and evicts at most one identity.
-        rows = 4 * references + int(counts[survey.N_EXPLICIT]) + int(counts[survey.N_MOVES]) + 1
-        events, times = np.empty((4, rows), np.int32), np.empty(rows, np.int64)
-        kinds, groups = np.empty(rows, np.uint8), np.empty(rows, np.int16)
+        out = _empty_rows(counts)
         nodes = np.empty((3, references + 1), np.int32)
         per_block = max(1, int(self.header["block_size"]) // int(self.header["granule"]))
         made = play.play(
             self._words, self._starts, self._stops, self._gaps, self._use, known, chains.indptr, chains.identities,
-            per_block, self._num_blocks, int(counts[survey.N_OWNERS]), explicit,
-            requests32, requests64, id_bytes, steps32, steps64, spans, lookups, preemptions, preempted_at,
-            events, times, kinds, groups, nodes,
+            per_block, self._num_blocks, int(counts[survey.N_OWNERS]), explicit, nodes, out,
         )  # fmt: skip
-        n = int(made[play.N_EVENTS])
         lost = int(made[play.N_LOST])
         if lost:
-            self.losses.append(Loss("gap", None, None, lost, "events whose blocks only the missing part of the log names"))
-        return Decoded(
-            known, requests32, requests64, id_bytes,
-            steps32[:, : made[play.N_STEPS]], steps64[:, : made[play.N_STEPS]], spans[:, : made[play.N_SPANS]],
-            lookups[:, : made[play.N_LOOKUPS]], preemptions[:, : made[play.N_PREEMPTIONS]],
-            preempted_at[: made[play.N_PREEMPTIONS]],
-            events[:, :n], times[:n], kinds[:n], groups[:n], chains,
-        )  # fmt: skip
+            detail = "events whose blocks only the missing part of the log names"
+            self.losses.append(Loss("gap", None, None, lost, detail))
+        steps, spans, looked = made[play.N_STEPS], made[play.N_SPANS], made[play.N_LOOKUPS]
+        preempted, n = made[play.N_PREEMPTIONS], made[play.N_EVENTS]
+        return Decoded(known, rows.Rows(
+            out.requests32[:, :total], out.requests64[:, :total], out.id_bytes,
+            out.steps32[:, :steps], out.steps64[:, :steps], out.spans[:, :spans], out.lookups[:, :looked],
+            out.preemptions[:, :preempted], out.preempted_at[:preempted],
+            out.events[:, :n], out.times[:n], out.kinds[:n], out.groups[:n],
+        ), chains)  # fmt: skip
+
+
+def _empty_rows(counts: NDArray[np.int64]) -> rows.Rows:
+    """Arrays with room for all rows that the first pass has counted."""
+    total, references = int(counts[survey.N_REQUESTS]), int(counts[survey.N_REFERENCES])
+    requests32, requests64 = np.full((13, total), -1, np.int32), np.full((5, total), -1, np.int64)
+    requests32[rows.R_PREEMPTIONS] = 0
+    requests32[rows.R_ID_BYTES] = 0
+    requests64[rows.R_TENANT] = 0
+    steps, preemptions = int(counts[survey.N_STEPS]), int(counts[survey.N_PREEMPTIONS])
+    # Each reference is made, filled and given up at most once, and evicts at most one identity.
+    events = 4 * references + int(counts[survey.N_EXPLICIT]) + int(counts[survey.N_MOVES]) + 1
+    return rows.Rows(
+        requests32, requests64, np.empty(int(counts[survey.N_ID_BYTES]), np.uint8),
+        np.empty((8, steps), np.int32), np.full((2, steps), -1, np.int64),
+        np.empty((5, 2 * int(counts[survey.N_ENTRIES]) + 1), np.int32),
+        np.empty((5, int(counts[survey.N_LOOKUPS])), np.int32),
+        np.empty((4, preemptions), np.int32), np.empty(preemptions, np.int64),
+        np.empty((4, events), np.int32), np.empty(events, np.int64),
+        np.empty(events, np.uint8), np.empty(events, np.int16),
+    )  # fmt: skip
+
+
+def _count(value: Any) -> int:
+    """A count that stands in a record; :class:`ValueError` for anything else."""
+    if type(value) is not int or not 0 <= value < 1 << 62:
+        raise ValueError(value)
+    return value
 
 
 def _densify(hashes: NDArray[np.uint64], count: int) -> tuple[NDArray[np.int32], NDArray[np.uint64]]:
@@ -288,34 +301,3 @@ def _densify(hashes: NDArray[np.uint64], count: int) -> tuple[NDArray[np.int32],
     multiplier = np.uint64(secrets.randbits(64) | 1)
     distinct = survey.densify(hashes, count, multiplier, slots, identities, unique)
     return identities, unique[:distinct].copy()
-
-
-def open_segment(path: Path) -> Segment:
-    """Map a file, check its prefix and commits, and read its header. Raises :class:`KvtraceError`."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            data = (
-                np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-                if size
-                else np.empty(0, np.uint8)
-            )
-    except OSError as error:
-        raise KvtraceError(f"{path}: {error.strerror}") from None
-    wire.check_prefix(data[: wire.PREFIX.size].tobytes(), str(path))
-    found = scan(data)
-    if not len(found.kinds) or found.kinds[0] != wire.HEADER or found.gaps[0]:
-        raise KvtraceError(f"{path}: its header is missing or damaged, and without it nothing can be read")
-    if found.lengths[0] > wire.MAX_HEADER_BYTES:
-        raise KvtraceError(f"{path}: its header is larger than {wire.MAX_HEADER_BYTES:,} bytes: the file is damaged")
-    body = data[found.offsets[0] : found.offsets[0] + found.lengths[0]].tobytes()
-    try:
-        header = json.loads(body)
-        header["block_size"] = int(header["block_size"])
-        header["granule"] = int(header["granule"])
-        ok = header["block_size"] >= 1 <= header["granule"] and isinstance(header.get("segment", 0), int)
-    except (ValueError, KeyError, TypeError, RecursionError):
-        ok = False
-    if not ok:
-        raise KvtraceError(f"{path}: its header does not read as one: the file is damaged or from another program")
-    return Segment(path, data, found, header)

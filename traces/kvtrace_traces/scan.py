@@ -1,5 +1,6 @@
 """Finds the commits of a ``.kvt`` file, checks them, and says what is missing. See :mod:`kvtrace_traces.wire`."""
 
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, assignment"
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -14,15 +15,13 @@ COMPLETE, CUT, OPEN = 0, 1, 2
 """How a file ends: with its last commit, within a commit, or with zeros that were allocated and not used."""
 
 
-
-
 class Scan(NamedTuple):
     """The commits of one file, arrays of equal length in file order.
 
     ``offsets`` int64: of the bodies, in bytes; ``lengths`` int64: of the bodies; ``kinds`` and ``flags`` uint8;
     ``gaps`` bool: something is missing just before. ``damaged``: stretches that do not check out;
-    ``damaged_at``: offset of the first, -1 for none; ``used``: bytes up to the end of the last commit; ``ending``: one of
-    ``COMPLETE CUT OPEN``.
+    ``damaged_at``: offset of the first, -1 for none; ``used``: bytes up to the end of the last commit; ``ending``: one
+    of ``COMPLETE CUT OPEN``.
     """
 
     offsets: NDArray[np.int64]
@@ -53,6 +52,12 @@ def scan(data: NDArray[np.uint8]) -> Scan:
         if count >= 0:
             break
         room *= 4
+    last = np.flatnonzero((kinds[:count] == wire.END) | (kinds[:count] == wire.NEXT))
+    if len(last) and (last[0] < count - 1 or ending == CUT):
+        # Something stands behind the end: part of another log, or of this one once more.
+        count = int(last[0]) + 1
+        used = int(offsets[count - 1] + lengths[count - 1])
+        damaged, damaged_at, ending = damaged + 1, damaged_at if damaged_at >= 0 else used, COMPLETE
     return Scan(
         offsets[:count], lengths[:count], kinds[:count], flags[:count], gaps[:count],
         damaged, damaged_at, used, ending,
@@ -75,7 +80,7 @@ _TABLES = _crc_tables()
 
 
 @njit
-def _u32(data, at):  # type: ignore[no-untyped-def]
+def _u32(data, at):
     return (
         np.uint32(data[at])
         | np.uint32(data[at + 1]) << np.uint32(8)
@@ -85,7 +90,7 @@ def _u32(data, at):  # type: ignore[no-untyped-def]
 
 
 @njit
-def _crc(data, start, stop, crc, tables):  # type: ignore[no-untyped-def]
+def _crc(data, start, stop, crc, tables):
     """CRC-32 of ``data[start:stop]`` going on from ``crc``, as ``zlib.crc32``."""
     crc = crc ^ np.uint32(0xFFFFFFFF)
     at = start
@@ -111,7 +116,7 @@ def _crc(data, start, stop, crc, tables):  # type: ignore[no-untyped-def]
 
 
 @njit
-def _commit_at(data, at, tables):  # type: ignore[no-untyped-def]
+def _commit_at(data, at, tables):
     """Length of the good commit's body at ``at``; else -1 nothing there, -2 the file ends within it, -3 bad."""
     size = len(data)
     if at + 12 > size:
@@ -135,7 +140,7 @@ def _commit_at(data, at, tables):  # type: ignore[no-untyped-def]
 
 
 @njit
-def _scan(data, start, tables, offsets, lengths, kinds, flags, gaps):  # type: ignore[no-untyped-def]
+def _scan(data, start, tables, offsets, lengths, kinds, flags, gaps):
     size = len(data)
     room = len(offsets)
     count = 0
@@ -163,7 +168,7 @@ def _scan(data, start, tables, offsets, lengths, kinds, flags, gaps):  # type: i
                             break
                 probe += 4
             if found < 0:
-                if length == -3:
+                if length == -3 or budget <= 0:
                     damaged += 1
                     if damaged_at < 0:
                         damaged_at = at

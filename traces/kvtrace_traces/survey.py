@@ -5,12 +5,14 @@ operations is :data:`kvtrace_traces.schema.OPS`; what a commit claims is checked
 index arrays without looking.
 """
 
+# ruff: noqa: SIM109 -- chains of `or` compile to less
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, assignment"
 from __future__ import annotations
 
 import numpy as np
 
 from kvtrace_traces.compile import njit
-from kvtrace_traces.schema import EXT_OPS, OPS, SCHED_BIG, SCHED_COUNTS, SCHED_WIDE
+from kvtrace_traces.schema import EXT_OPS, NO_REQUEST, OPS, SCHED_BIG, SCHED_COUNTS, SCHED_WIDE
 
 KEY, OUTPUT, CHAIN, LOOKUP, HIT = (OPS[n].code for n in ("KEY", "OUTPUT", "CHAIN", "LOOKUP", "HIT"))
 ALLOC, ALLOCN, FILL1, FILL = (OPS[n].code for n in ("ALLOC", "ALLOCN", "FILL1", "FILL"))
@@ -25,16 +27,16 @@ KEY_WORDS = 10  # fixed part of KEY; the last says how many HELD entries there a
 
 COUNTS = (
     "requests", "id_bytes", "chain", "steps", "entries", "lookups", "preemptions", "references", "explicit", "moves",
-    "owners", "logged", "inexact", "end_events", "key_events_lost",
+    "owners", "logged", "inexact", "first_logged", "key_events_lost",
 )  # fmt: skip
 (
     N_REQUESTS, N_ID_BYTES, N_CHAIN, N_STEPS, N_ENTRIES, N_LOOKUPS, N_PREEMPTIONS, N_REFERENCES, N_EXPLICIT, N_MOVES,
-    N_OWNERS, N_LOGGED, N_INEXACT, N_END_EVENTS, N_KEY_LOST,
+    N_OWNERS, N_LOGGED, N_INEXACT, N_FIRST_LOGGED, N_KEY_LOST,
 ) = range(len(COUNTS))  # fmt: skip
 
 
 @njit
-def op_words(words, at, stop):  # type: ignore[no-untyped-def]
+def op_words(words, at, stop):
     """Words of the operation at ``at``, its own included; -1 where it is none or does not end by ``stop``."""
     word = words[at]
     op = word & np.uint32(15)
@@ -78,7 +80,7 @@ def op_words(words, at, stop):  # type: ignore[no-untyped-def]
 
 
 @njit
-def sched_parts(words, at):  # type: ignore[no-untyped-def]
+def sched_parts(words, at):
     """Of the SCHED at ``at``: entries, owners, and the offsets of its free-block word, entries and owners."""
     operand = np.int64(words[at] >> np.uint32(4))
     entries = (operand >> 4) & 0xFFF
@@ -95,27 +97,33 @@ def sched_parts(words, at):  # type: ignore[no-untyped-def]
 
 
 @njit
-def survey(words, starts, stops, keys, gaps, use, capacity_requests, num_blocks):  # type: ignore[no-untyped-def]
+def survey(words, starts, stops, keys, gaps, use, capacity_requests, num_blocks):
     """Check every operation and count the rows to come.
 
     Marks in ``use`` (bool, one per commit) the commits that can be decoded: those from a frame's start on with
-    nothing missing in between. Returns ``COUNTS`` (int64) and how many commits were malformed.
+    nothing missing in between. Returns ``COUNTS`` (int64) and how many commits were malformed: a frame after a gap
+    that is older than what was read before it (a part of the file that stands there twice) is one of them.
     """
     counts = np.zeros(15, np.int64)
     malformed = 0
     live = False  # the state that operations are relative to is known
+    fresh = True  # nothing was read yet
+    resumed = True  # a KEY is due, and sets the state
     requests = np.int64(0)
+    time = np.int64(0)
     bound = np.int64(num_blocks)
     for c in range(len(starts)):
         use[c] = False
         if gaps[c]:
             live = False
+            resumed = True
+            fresh = False
         if keys[c]:
             live = True
         if not live:
             continue
         before = counts.copy()
-        requests_before = requests
+        requests_before, time_before = requests, time
         at, stop = starts[c], stops[c]
         good = True
         first = True
@@ -128,7 +136,7 @@ def survey(words, starts, stops, keys, gaps, use, capacity_requests, num_blocks)
                 break
             op = words[at] & np.uint32(15)
             operand = np.int64(words[at] >> np.uint32(4))
-            if first and keys[c] and op != KEY:
+            if (first and keys[c]) != (op == KEY):
                 good = False
                 break
             first = False
@@ -162,7 +170,7 @@ def survey(words, starts, stops, keys, gaps, use, capacity_requests, num_blocks)
             elif op == FINISH:
                 good = operand < requests
             elif op == SCHED:
-                entries, owners, free, entry, owner = sched_parts(words, at)
+                entries, owners, _, entry, _ = sched_parts(words, at)
                 counts[N_STEPS] += 1
                 counts[N_ENTRIES] += entries
                 owned += owners
@@ -171,10 +179,19 @@ def survey(words, starts, stops, keys, gaps, use, capacity_requests, num_blocks)
                         good = False
             elif op == KEY:
                 claimed = np.int64(words[at + 4])
-                if claimed != requests:
-                    good = requests < claimed <= capacity_requests
-                    requests = claimed
                 told = np.int64(words[at + 5]) | np.int64(words[at + 6]) << 32
+                begun = np.int64(words[at + 1]) | np.int64(words[at + 2]) << 32
+                if resumed:
+                    good = requests <= claimed <= capacity_requests and told >= logged and begun >= time
+                    time = begun
+                    if fresh:
+                        counts[N_LOGGED] = logged = told
+                        counts[N_FIRST_LOGGED] = told
+                else:
+                    good = claimed == requests
+                resumed = False
+                fresh = False
+                requests = claimed
                 if told > logged:
                     counts[N_KEY_LOST] += told - logged
                     logged = told
@@ -182,7 +199,7 @@ def survey(words, starts, stops, keys, gaps, use, capacity_requests, num_blocks)
                 m = np.int64(words[at + KEY_WORDS])
                 base = at + 1 + KEY_WORDS
                 for i in range(operand):
-                    if np.int64(words[base + 3 * i]) >= requests:
+                    if np.int64(words[base + 3 * i]) >= requests and words[base + 3 * i] != np.uint32(NO_REQUEST):
                         good = False
                 base += 3 * operand
                 for i in range(m):
@@ -203,6 +220,8 @@ def survey(words, starts, stops, keys, gaps, use, capacity_requests, num_blocks)
                     requests += size // 2
                 elif code == X_TIME:
                     good = size == 2
+                    if good:
+                        time = np.int64(words[at + 1]) | np.int64(words[at + 2]) << 32
                 elif code == X_OWN:
                     owned += size
                 elif code == X_RESET:
@@ -246,8 +265,10 @@ def survey(words, starts, stops, keys, gaps, use, capacity_requests, num_blocks)
                 elif code == X_SKIP:
                     good = size == 1
                 # An unknown code is of a newer minor version: its length says how far to skip.
+            elif op == OUTPUT or op == BEGIN:
+                time += operand
             else:
-                good = op == OUTPUT or op == BEGIN
+                good = False
             if not good:
                 break
             at += n
@@ -258,14 +279,15 @@ def survey(words, starts, stops, keys, gaps, use, capacity_requests, num_blocks)
         else:
             malformed += 1
             counts[:] = before
-            requests = requests_before
+            requests, time = requests_before, time_before
             live = False
+            resumed = True
     counts[N_REQUESTS] = requests
     return counts, malformed
 
 
 @njit
-def gather(words, starts, stops, gaps, use, known, length, owner, hashes):  # type: ignore[no-untyped-def]
+def gather(words, starts, stops, gaps, use, known, length, owner, hashes):
     """Collect the identities in log order: ``owner`` (int32 request, -1 for blocks without a chain) and ``hashes``.
 
     ``known`` (bool) and ``length`` (int32), one per request: whether its arrival was read, and identities of its chain
@@ -274,7 +296,7 @@ def gather(words, starts, stops, gaps, use, known, length, owner, hashes):  # ty
     broken = np.zeros(len(known), np.bool_)
     count = 0
     requests = 0
-    resumed = False
+    resumed = True
     for c in range(len(starts)):
         resumed = resumed or gaps[c]
         if not use[c]:
@@ -311,9 +333,8 @@ def gather(words, starts, stops, gaps, use, known, length, owner, hashes):  # ty
                         known[requests] = True
                         length[requests] = 1
                         owner[count] = requests
-                        hashes[count] = np.uint64(words[at + 1 + 2 * i]) | np.uint64(words[at + 2 + 2 * i]) << np.uint64(
-                            32
-                        )
+                        low, high = np.uint64(words[at + 1 + 2 * i]), np.uint64(words[at + 2 + 2 * i])
+                        hashes[count] = low | high << np.uint64(32)
                         requests += 1
                         count += 1
                 elif code == X_FILL:
@@ -331,7 +352,7 @@ def gather(words, starts, stops, gaps, use, known, length, owner, hashes):  # ty
 
 
 @njit
-def densify(hashes, count, multiplier, slots, identities, unique):  # type: ignore[no-untyped-def]
+def densify(hashes, count, multiplier, slots, identities, unique):
     """Number the identities in order of first use. ``slots``: int32 of a power of two >= 2 * count, all -1;
     ``multiplier``: odd, drawn at random, so that no file can be made to collide.
 
@@ -359,7 +380,7 @@ def densify(hashes, count, multiplier, slots, identities, unique):  # type: igno
 
 
 @njit
-def by_request(owner, identities, count, indptr, chains):  # type: ignore[no-untyped-def]
+def by_request(owner, identities, count, indptr, chains):
     """Sort the identities by request, keeping their order: CSR. ``indptr`` (int64) holds the starts already."""
     place = indptr[:-1].copy()
     for i in range(count):

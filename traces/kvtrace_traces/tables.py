@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,7 @@ def strings(name: str, starts: NDArray[np.int64], lengths: NDArray[np.int32], da
     try:
         array.validate(full=True)
     except pa.ArrowInvalid:  # a damaged or foreign log: ids that are no UTF-8
-        pieces = [bytes(body[a:b]).decode("utf-8", "replace") for a, b in zip(offsets, offsets[1:], strict=False)]
+        pieces = [bytes(body[a:b]).decode("utf-8", "replace") for a, b in pairwise(offsets)]
         return pl.Series(name, pieces, dtype=pl.String)
     made = pl.from_arrow(array)
     assert isinstance(made, pl.Series)

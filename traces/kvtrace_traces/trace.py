@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from kvtrace_traces import events as play
-from kvtrace_traces import tables
-from kvtrace_traces.engine_log import Chains, Decoded, EngineLog, Segment, open_segment
+from kvtrace_traces import rows, tables
+from kvtrace_traces.engine_log import Chains, Decoded, EngineLog
 from kvtrace_traces.errors import KvtraceError, UsageError
 from kvtrace_traces.schema import FINISH_REASONS, LOSS_REASONS, REQUEST_NO_READ
+from kvtrace_traces.segments import Segment, never_begun, open_segment
 
 RECOVERY = ("strict", "tail", "skip")
 __all__ = ["Chains", "Trace", "open_trace"]
@@ -40,10 +40,13 @@ def open_trace(path: str | Path, recover: str = "tail") -> Trace:
     else:
         raise KvtraceError(f"{path} does not exist")
     runs: dict[str, list[Segment]] = defaultdict(list)
-    for file in files:
+    begun = [file for file in files if not never_begun(file)] or files
+    for file in begun:
         segment = open_segment(file)
         runs[str(segment.header.get("run_id", file))].append(segment)
-    return Trace(path, [EngineLog(segments, recover) for segments in runs.values()])
+    trace = Trace(path, [EngineLog(segments, recover) for segments in runs.values()])
+    trace.warnings += [f"{file.name} was made ready and never written to" for file in files if file not in begun]
+    return trace
 
 
 def _with_segments(path: Path) -> list[Path]:
@@ -76,7 +79,6 @@ class Trace:
             {**log.header, "engine_index": index, "inexact": log.inexact}
             for log, index in zip(self._logs, self._indices, strict=True)
         ]
-        self.complete = all(log.complete for log in self._logs)
         self.damaged_frames = sum(log.damaged for log in self._logs)
 
     def __repr__(self) -> str:
@@ -86,6 +88,11 @@ class Trace:
     def header(self) -> dict[str, Any]:
         """The first engine's header."""
         return self.engines[0]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every log has its end record and nothing is known to be missing."""
+        return all(log.complete for log in self._logs)
 
     @property
     def dropped(self) -> int:
@@ -102,7 +109,7 @@ class Trace:
         return self._log(engine_index).decode().chains
 
     def raw_ids(self, engine_index: int | None = None) -> Any:
-        """int32, parallel to ``chains().identities``: dense ids of an import whose ids name content alone; else None."""
+        """int32, parallel to ``chains().identities``: dense ids of an import whose ids name content; else None."""
         log = self._log(engine_index)
         log.decode()
         return log.raw
@@ -139,9 +146,9 @@ class Trace:
             "scheduler": head.get("scheduler"),
             "engines": len(self._logs),
             "requests": sum(int(d.known.sum()) for d in decoded),
-            "steps": sum(d.steps32.shape[1] for d in decoded),
-            "events": sum(len(d.times) for d in decoded),
-            "preemptions": sum(d.preemptions.shape[1] for d in decoded),
+            "steps": sum(d.rows.steps32.shape[1] for d in decoded),
+            "events": sum(len(d.rows.times) for d in decoded),
+            "preemptions": sum(d.rows.preemptions.shape[1] for d in decoded),
             "identities": sum(len(d.chains.hashes) for d in decoded),
             "duration_s": max((_duration_s(d) for d in decoded), default=0.0),
             "bytes": used,
@@ -205,13 +212,13 @@ class Trace:
     @cached_property
     def losses(self) -> pl.DataFrame:
         """One row per stretch of the log that is missing."""
-        rows = []
+        found = []
         for log, index in zip(self._logs, self._indices, strict=True):
             log.decode()  # may find more
             for loss in log.losses:
                 reason = loss.reason if loss.reason in LOSS_REASONS else "damage"
-                rows.append((index, reason, loss.time_ns, loss.commits, loss.events, loss.detail))
-        return pl.DataFrame(rows, schema=tables.schema("losses"), orient="row")
+                found.append((index, reason, loss.time_ns, loss.commits, loss.events, loss.detail))
+        return pl.DataFrame(found, schema=tables.schema("losses"), orient="row")
 
     def _frames(self, table: str, make: Any) -> pl.DataFrame:
         parts = []
@@ -223,100 +230,100 @@ class Trace:
 
 
 def _duration_s(decoded: Decoded) -> float:
-    ends = decoded.steps64[play.S_END]
+    ends = decoded.rows.steps64[rows.S_END]
     if not len(ends):
         return 0.0
-    return max(0, int(ends.max()) - int(decoded.steps64[play.S_START, 0])) / 1e9
+    return max(0, int(ends.max()) - int(decoded.rows.steps64[rows.S_START, 0])) / 1e9
 
 
 def _requests(decoded: Decoded) -> dict[str, Any]:
-    rows = np.flatnonzero(decoded.known)
-    small, large = decoded.requests32[:, rows], decoded.requests64[:, rows]
-    reason = small[play.R_REASON]
+    chosen = np.flatnonzero(decoded.known)
+    small, large = decoded.rows.requests32[:, chosen], decoded.rows.requests64[:, chosen]
+    reason = small[rows.R_REASON]
     other = FINISH_REASONS.index("other")
     return {
-        "request": rows.astype(np.int32),
+        "request": chosen.astype(np.int32),
         "request_id": tables.strings(
-            "request_id", np.maximum(large[play.R_ID_AT], 0), small[play.R_ID_BYTES], decoded.id_bytes
+            "request_id", np.maximum(large[rows.R_ID_AT], 0), small[rows.R_ID_BYTES], decoded.rows.id_bytes
         ),
-        "arrival_ns": large[play.R_ARRIVAL_NS],
-        "arrival_s": large[play.R_ARRIVAL_S].view(np.float64),
-        "arrival_step": small[play.R_ARRIVAL_STEP],
-        "prompt_tokens": small[play.R_PROMPT],
-        "output_tokens": small[play.R_OUTPUT],
-        "max_tokens": small[play.R_MAX],
-        "priority": small[play.R_PRIORITY],
-        "tenant": large[play.R_TENANT].view(np.uint64),
-        "no_cache_read": (np.maximum(small[play.R_FLAGS], 0) & REQUEST_NO_READ) != 0,
-        "cached_tokens": small[play.R_CACHED],
-        "preemptions": small[play.R_PREEMPTIONS],
-        "first_step": small[play.R_FIRST],
-        "last_step": small[play.R_LAST],
-        "finish_step": small[play.R_FINISH_STEP],
-        "finish_ns": large[play.R_FINISH_NS],
+        "arrival_ns": large[rows.R_ARRIVAL_NS],
+        "arrival_s": large[rows.R_ARRIVAL_S].view(np.float64),
+        "arrival_step": small[rows.R_ARRIVAL_STEP],
+        "prompt_tokens": small[rows.R_PROMPT],
+        "output_tokens": small[rows.R_OUTPUT],
+        "max_tokens": small[rows.R_MAX],
+        "priority": small[rows.R_PRIORITY],
+        "tenant": large[rows.R_TENANT].view(np.uint64),
+        "no_cache_read": (np.maximum(small[rows.R_FLAGS], 0) & REQUEST_NO_READ) != 0,
+        "cached_tokens": small[rows.R_CACHED],
+        "preemptions": small[rows.R_PREEMPTIONS],
+        "first_step": small[rows.R_FIRST],
+        "last_step": small[rows.R_LAST],
+        "finish_step": small[rows.R_FINISH_STEP],
+        "finish_ns": large[rows.R_FINISH_NS],
         "finish_reason": np.where(reason >= len(FINISH_REASONS), other, reason).astype(np.int8),
-        "chain_granules": np.diff(decoded.chains.indptr)[rows].astype(np.int32),
+        "chain_granules": np.diff(decoded.chains.indptr)[chosen].astype(np.int32),
     }
 
 
 def _steps(decoded: Decoded) -> dict[str, Any]:
-    small = decoded.steps32
+    small = decoded.rows.steps32
     return {
-        "step": small[play.S_STEP],
-        "start_ns": decoded.steps64[play.S_START],
-        "end_ns": decoded.steps64[play.S_END],
-        "requests": small[play.S_REQUESTS],
-        "tokens": small[play.S_TOKENS],
-        "running": small[play.S_RUNNING],
-        "waiting": small[play.S_WAITING],
-        "free_blocks": small[play.S_FREE],
-        "preempted": small[play.S_PREEMPTED],
-        "empty_calls": small[play.S_EMPTY],
+        "step": small[rows.S_STEP],
+        "start_ns": decoded.rows.steps64[rows.S_START],
+        "end_ns": decoded.rows.steps64[rows.S_END],
+        "requests": small[rows.S_REQUESTS],
+        "tokens": small[rows.S_TOKENS],
+        "running": small[rows.S_RUNNING],
+        "waiting": small[rows.S_WAITING],
+        "free_blocks": small[rows.S_FREE],
+        "preempted": small[rows.S_PREEMPTED],
+        "empty_calls": small[rows.S_EMPTY],
     }
 
 
 def _spans(decoded: Decoded) -> dict[str, Any]:
-    spans = decoded.spans
-    order = np.lexsort((spans[play.P_REQUEST], spans[play.P_FIRST]))
+    spans = decoded.rows.spans
+    order = np.lexsort((spans[rows.P_REQUEST], spans[rows.P_FIRST]))
     return {
-        "request": spans[play.P_REQUEST][order],
-        "first_step": spans[play.P_FIRST][order],
-        "steps": spans[play.P_STEPS][order],
-        "tokens": spans[play.P_TOKENS][order],
-        "computed_before": spans[play.P_COMPUTED][order],
+        "request": spans[rows.P_REQUEST][order],
+        "first_step": spans[rows.P_FIRST][order],
+        "steps": spans[rows.P_STEPS][order],
+        "tokens": spans[rows.P_TOKENS][order],
+        "computed_before": spans[rows.P_COMPUTED][order],
     }
 
 
 def _lookups(decoded: Decoded) -> dict[str, Any]:
-    rows = decoded.lookups
+    table = decoded.rows.lookups
     return {
-        "step": rows[play.L_STEP],
-        "request": rows[play.L_REQUEST],
-        "tokens_asked": rows[play.L_ASKED],
-        "tokens_hit": rows[play.L_HIT],
-        "after_preemption": rows[play.L_AFTER] != 0,
+        "step": table[rows.L_STEP],
+        "request": table[rows.L_REQUEST],
+        "tokens_asked": table[rows.L_ASKED],
+        "tokens_hit": table[rows.L_HIT],
+        "after_preemption": table[rows.L_AFTER] != 0,
     }
 
 
 def _preemptions(decoded: Decoded) -> dict[str, Any]:
-    rows = decoded.preemptions
+    table = decoded.rows.preemptions
     return {
-        "step": rows[play.V_STEP],
-        "time_ns": decoded.preempted_at,
-        "request": rows[play.V_REQUEST],
-        "blocks_lost": rows[play.V_BLOCKS],
-        "tokens_lost": rows[play.V_TOKENS],
+        "step": table[rows.V_STEP],
+        "time_ns": decoded.rows.preempted_at,
+        "request": table[rows.V_REQUEST],
+        "blocks_lost": table[rows.V_BLOCKS],
+        "tokens_lost": table[rows.V_TOKENS],
     }
 
 
 def _block_events(decoded: Decoded) -> dict[str, Any]:
-    rows = decoded.events
+    table = decoded.rows.events
     return {
-        "step": rows[play.E_STEP],
-        "time_ns": decoded.times,
-        "request": rows[play.E_REQUEST],
-        "kind": decoded.kinds,
-        "block": rows[play.E_BLOCK],
-        "identity": rows[play.E_IDENTITY],
-        "group": decoded.groups,
+        "step": table[rows.E_STEP],
+        "time_ns": decoded.rows.times,
+        "request": table[rows.E_REQUEST],
+        "kind": decoded.rows.kinds,
+        "block": table[rows.E_BLOCK],
+        "identity": table[rows.E_IDENTITY],
+        "group": decoded.rows.groups,
     }

@@ -23,9 +23,11 @@ A header commit comes first and again at the start of every rotated segment.
 
 from __future__ import annotations
 
+import socket
 import struct
 import zlib
 from collections.abc import Iterator
+from hashlib import blake2b
 from typing import NamedTuple
 
 from kvtrace_traces.errors import KvtraceError
@@ -45,6 +47,9 @@ KEY = 1
 
 MAX_BODY_BYTES = 1 << 28
 MAX_HEADER_BYTES = 1 << 22
+
+
+FORMAT = f"{FORMAT_MAJOR}.{FORMAT_MINOR}"
 
 
 def prefix() -> bytes:
@@ -72,13 +77,26 @@ def check_prefix(data: bytes, name: str) -> None:
         raise KvtraceError(f"{name} is not a kvtrace log (.kvt): import other formats with `kvtrace import`")
     if len(data) < PREFIX.size:
         raise KvtraceError(f"{name} ends within its first {PREFIX.size} bytes: nothing can be read from it")
-    _, major, _, _ = PREFIX.unpack_from(data)
+    _, major, _, reserved = PREFIX.unpack_from(data)
     if major > FORMAT_MAJOR:
         raise KvtraceError(
             f"{name} has log format {major}, and this kvtrace reads up to {FORMAT_MAJOR}: upgrade kvtrace"
         )
     if major < 1:
         raise KvtraceError(f"{name} has log format {major}, which never existed: the file is damaged")
+    if reserved:
+        raise KvtraceError(f"{name} has {reserved} where its first {PREFIX.size} bytes must have 0: it is damaged")
+
+
+def version_of(data: bytes) -> str:
+    """The format version in a prefix, which the header repeats where a checksum covers it: ``"1.0"``."""
+    _, major, minor, _ = PREFIX.unpack_from(data)
+    return f"{major}.{minor}"
+
+
+def host_id() -> str:
+    """A name for this machine that does not give its own away: processes are told apart by host and number."""
+    return blake2b(socket.gethostname().encode(), digest_size=8, person=b"kvtrace").hexdigest()
 
 
 class Commit(NamedTuple):

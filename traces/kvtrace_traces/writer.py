@@ -14,18 +14,21 @@ import mmap
 import os
 import struct
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 from zlib import crc32
 
 from kvtrace_traces import wire
+from kvtrace_traces.walk import block_events
 
 WINDOW_BYTES = 1 << 20
 WINDOWS_AHEAD = 4
 QUEUE_BYTES = 64 << 20
 RESERVE_BYTES = 1024  # kept free at the end of what is allocated, for the record of a loss
 SEGMENT_BYTES = 4 << 30
+CLOSE_SECONDS = 5.0
 _PAIR, _ONE = struct.Struct("<II"), struct.Struct("<I")
 _OPS_TAG = wire.tag(wire.OPS, 0, 0)
 
@@ -92,20 +95,25 @@ class LogWriter:
         self._closing = False
         self._queue: deque[bytes] = deque()
         self._queued = 0
-        self._file = _File(stem + ".kvt", window_bytes)
-        try:
-            self._window = self._file.window()
-        except BaseException:
-            os.close(self._file.fd)
-            os.unlink(self._file.path)
-            raise
         self._base = 0  # file offset of the window
         self._pos = 0  # offset in the window
         self._limit = 0
         self._retired: deque[tuple[_File, int]] = deque()
         self._next: _File | None = None
         self._next_window: mmap.mmap | None = None
-        self._begin_segment()
+        first = self._head_bytes()
+        if max_bytes is not None and max_bytes < first + RESERVE_BYTES:
+            raise Stopped("max-bytes", f"the bound of {max_bytes:,} bytes leaves no room for more than a header")
+        self._file = _File(stem + ".kvt", window_bytes)
+        try:
+            self._window = self._file.window()
+            while first + RESERVE_BYTES > self._room():
+                self._file.ahead.append(self._file.window())
+            self._begin_segment()
+        except BaseException:
+            os.close(self._file.fd)
+            os.unlink(self._file.path)
+            raise
         self._set_limit()
         self._thread = threading.Thread(target=self._allocate, name="kvtrace-writer", daemon=True)
         self._thread.start()
@@ -133,8 +141,10 @@ class LogWriter:
         self.commits += 1
 
     def _write_slowly(self, kind: int, flags: int, body: bytes) -> None:
+        if self._closing:
+            raise Stopped("bug", f"{self.path}: written to after it was closed")
         size = wire.HEAD_BYTES + len(body)
-        if self._max_bytes is not None and self.bytes + size + RESERVE_BYTES > self._max_bytes:
+        if self._max_bytes is not None and self.total_bytes + size + RESERVE_BYTES > self._max_bytes:
             raise Stopped("max-bytes", f"the log reached its bound of {self._max_bytes:,} bytes")
         data = wire.head(kind, flags, self._seq, body) + body
         if self._queue or size + RESERVE_BYTES > self._room():
@@ -155,6 +165,11 @@ class LogWriter:
         """Go on in the next segment if this one is full and the next is ready. The caller writes a frame next."""
         if self.segment_bytes < self._segment_bytes or self._queue or self._next_window is None:
             return False
+        first = self._head_bytes()
+        if wire.HEAD_BYTES + RESERVE_BYTES > self._room() or first + RESERVE_BYTES > self._window_bytes:
+            return False
+        if self._max_bytes is not None and self.total_bytes + wire.HEAD_BYTES + first + RESERVE_BYTES > self._max_bytes:
+            return False  # the next commits will say so
         self._write_slowly(wire.NEXT, 0, b"")
         size = self.segment_bytes
         self._window.close()
@@ -164,33 +179,54 @@ class LogWriter:
         self._file, self._window = self._next, self._next_window
         self._next, self._next_window = None, None
         self._base = self._pos = 0
-        self._set_limit()
         self._seq = 0
         self._segment += 1
         self._begin_segment()
+        self._set_limit()
         self._wake.set()
         return True
 
     def lose(self, loss: dict[str, Any]) -> None:
-        """Record a loss, in the room that is kept for it. Does nothing where even that is gone."""
-        text = json.dumps(loss).encode()
-        body = text + b" " * (-len(text) % 4)
-        if not self._queue and wire.HEAD_BYTES + len(body) <= self._room():
+        """Record a loss, in the room that is kept for it. Commits that still wait for the disk are part of it: they
+        are given up, and added to ``commits`` and ``events``."""
+        waiting = list(self._queue)
+        self._queue.clear()
+        self._queued = 0
+        self._seq -= len(waiting)
+        loss = dict(loss)
+        if waiting:
+            loss["commits"] += len(waiting)
+            loss["events"] += sum(block_events(data[wire.HEAD_BYTES :]) for data in waiting)
+        body = _json(loss)
+        while wire.HEAD_BYTES + len(body) > RESERVE_BYTES and loss["detail"]:
+            loss["detail"] = loss["detail"][: len(loss["detail"]) // 2]
+            body = _json(loss)
+        if wire.HEAD_BYTES + len(body) <= self._room():
             self._store(wire.head(wire.LOSS, 0, self._seq, body) + body)
             self._seq += 1
+        self._limit = 0
 
     def close(self, end: dict[str, Any] | None) -> None:
-        """Write the end record (unless None), cut the file to its length and close it. Idempotent."""
+        """Write the end record (unless None), cut the file to its length and close it. Idempotent.
+
+        Waits a moment for a disk that lags; what it does not take by then is recorded as lost.
+        """
         if self._closing:
             return
-        if end is not None and not self._queue:
-            text = json.dumps(end).encode()
-            body = text + b" " * (-len(text) % 4)
+        if end is not None:
+            self._await_disk()
+        if end is not None and self._queue:
+            reason = "stalled" if self._error is None else "disk"
+            at = end.get("time_ns", 0)
+            self.lose({"reason": reason, "time_ns": at, "commits": 0, "events": 0, "detail": "at the end"})
+        elif end is not None:
+            body = _json(end)
             if wire.HEAD_BYTES + len(body) <= self._room():
                 self._store(wire.head(wire.END, 0, self._seq, body) + body)
         self._closing = True
+        self._limit = 0
         self._wake.set()
-        self._thread.join(timeout=5)
+        self._thread.join(timeout=CLOSE_SECONDS)
         if self._thread.is_alive():
             return  # the disk hangs: leave the file as a killed process would
         self._window.close()
@@ -204,7 +240,15 @@ class LogWriter:
     def abandon(self) -> None:
         """In a forked child: forget the log without touching the parent's file."""
         self._closing = True
+        self._limit = 0
         self._queue.clear()
+
+    def _await_disk(self) -> None:
+        until = time.monotonic() + CLOSE_SECONDS
+        while self._queue and self._error is None and time.monotonic() < until:
+            self._wake.set()
+            time.sleep(0.005)
+            self._drain()
 
     @property
     def segment_bytes(self) -> int:
@@ -212,8 +256,8 @@ class LogWriter:
         return self._base + self._pos
 
     @property
-    def bytes(self) -> int:
-        """Bytes written, queued ones included."""
+    def total_bytes(self) -> int:
+        """Bytes written to all segments, queued ones included."""
         return self._done_bytes + self._base + self._pos + self._queued
 
     @property
@@ -223,10 +267,16 @@ class LogWriter:
 
     def _begin_segment(self) -> None:
         self._store(wire.prefix())
-        text = json.dumps({**self._header, "segment": self._segment}).encode()
-        body = text + b" " * (-len(text) % 4)
+        body = self._header_body()
         self._store(wire.head(wire.HEADER, 0, self._seq, body) + body)
         self._seq += 1
+
+    def _header_body(self) -> bytes:
+        return _json({**self._header, "format": wire.FORMAT, "segment": self._segment})
+
+    def _head_bytes(self) -> int:
+        """Bytes at the start of each segment. The segment's number may have a few digits more than now."""
+        return wire.PREFIX.size + wire.HEAD_BYTES + len(self._header_body()) + 16
 
     def _room(self) -> int:
         return self._window_bytes - self._pos + len(self._file.ahead) * self._window_bytes
@@ -271,7 +321,9 @@ class LogWriter:
             data = self._queue.popleft()
             self._queued -= len(data)
             self._store(data)
-        if not self._queue:
+        if self._queue:
+            self._limit = 0  # which storing may have raised
+        else:
             self._set_limit()
         self._wake.set()
 
@@ -303,7 +355,12 @@ class LogWriter:
     def _beyond_bound(self, file: _File) -> bool:
         if self._max_bytes is None:
             return False
-        return self._done_bytes + file.allocated >= self._max_bytes + self._window_bytes
+        return self._done_bytes + file.allocated >= self._max_bytes
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    text = json.dumps(content).encode()
+    return text + b" " * (-len(text) % 4)
 
 
 def write_file(
@@ -324,15 +381,11 @@ def write_file(
                 file.write(body)
                 seq += 1
 
-            def put_json(kind: int, content: dict[str, Any]) -> None:
-                text = json.dumps(content).encode()
-                put(kind, 0, text + b" " * (-len(text) % 4))
-
             file.write(wire.prefix())
-            put_json(wire.HEADER, {**header, "segment": 0})
+            put(wire.HEADER, 0, _json({**header, "format": wire.FORMAT, "segment": 0}))
             for flags, body in bodies():
                 put(wire.OPS, flags, body)
-            put_json(wire.END, end())
+            put(wire.END, 0, _json(end()))
             return file.tell()
         except BaseException:
             os.unlink(path)

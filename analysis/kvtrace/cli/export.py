@@ -1,0 +1,42 @@
+"""`kvtrace export`: a trace for other tools."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from kvtrace.cli.examples import examples
+from kvtrace.cli.output import note
+from kvtrace.cli.traces import TRACE, exit_code, open_traces
+
+
+@click.command(
+    "export",
+    epilog=examples(
+        "kvtrace export parquet traces/samples/thrash.kvt -o thrash-tables",
+        "kvtrace export parquet traces/samples/thrash.kvt -o tables --force",
+    ),
+)
+@click.argument("format_", metavar="FORMAT")
+@click.argument("trace", type=TRACE)
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="OUT",
+    help="File or folder to write.",
+)
+@click.option("--force", is_flag=True, help="Overwrite OUT.")
+def command(format_: str, trace: Path, out: Path, force: bool) -> int:
+    """Write a trace in another tool's format.
+
+    `parquet` makes a folder with one file per table.
+    """
+    from kvtrace_traces import exporters
+
+    (opened,) = open_traces([trace])
+    exporters.run(format_, opened.reader, out, force=force)
+    note(f"wrote {out}")
+    return exit_code([opened])

@@ -1,0 +1,163 @@
+"""The `kvtrace` group: finds a command's file when it is asked for, and turns every ending into an exit code.
+
+Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but the input was damaged or lossy; 130 interrupted.
+`record` leaves with the exit code of the command it ran.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NoReturn
+
+import click
+
+from kvtrace.cli.examples import examples
+
+# A command is the file of its name (a trailing underscore where the name is a keyword of Python).
+SECTIONS = {
+    "Record": ["record"],
+    "Look": ["info", "verify", "sql"],
+    "Replay": ["replay", "policies"],
+    "Exchange": ["import", "export"],
+    "Start here": ["demo"],
+}
+COMMANDS = [name for names in SECTIONS.values() for name in names]
+_KEYWORDS = {"import"}
+
+
+class Cli(click.Group):
+    """A group whose commands are modules, imported on demand."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return COMMANDS
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = f"kvtrace.cli.{cmd_name}_" if cmd_name in _KEYWORDS else f"kvtrace.cli.{cmd_name}"
+        command: click.Command = import_module(module).command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-"):
+            near = difflib.get_close_matches(name, COMMANDS, n=3)
+            hint = f"Did you mean {' or '.join(repr(n) for n in near)}?" if near else "See 'kvtrace --help'."
+            raise click.UsageError(f"No such command {name!r}. {hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        width = max(map(len, COMMANDS))
+        for title, names in SECTIONS.items():
+            with formatter.section(title):
+                rows = [
+                    (name.ljust(width), command.get_short_help_str(68))
+                    for name in names
+                    if (command := self.get_command(ctx, name)) is not None
+                ]
+                formatter.write_dl(rows)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # `| head` has seen enough: that is no failure, though click thinks so
+            _let_go_of_stdout()
+            ctx.exit(0)
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = "kvtrace",
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> NoReturn:
+        """Run, and leave through SystemExit with one of the exit codes above."""
+        try:
+            code = self._run(args, prog_name or "kvtrace", complete_var, extra)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _let_go_of_stdout()
+            code = 0
+        sys.exit(code)
+
+    def _run(self, args: Sequence[str] | None, prog_name: str, complete_var: str | None, extra: dict[str, Any]) -> int:
+        from kvtrace_traces.errors import KvtraceError, UsageError
+
+        try:
+            done = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+            return done if isinstance(done, int) else 0
+        except (click.Abort, KeyboardInterrupt):
+            _say("interrupted")
+            return 130
+        except click.ClickException as error:
+            context = getattr(error, "ctx", None)
+            if isinstance(error, click.exceptions.NoArgsIsHelpError):
+                error.show()
+                return 2
+            _say(f"error: {_one_line(error.format_message())}")
+            if context is not None:
+                click.echo(f"Try '{context.command_path} --help' for help.", err=True)
+            return error.exit_code
+        except KvtraceError as error:
+            if _debugging():
+                raise
+            _say(f"error: {_one_line(str(error))}")
+            return 2 if isinstance(error, UsageError) else 1
+        except Exception as error:
+            if _debugging():
+                raise
+            _say(f"error: {type(error).__name__}: {_one_line(str(error))} (KVTRACE_DEBUG=1 shows where)")
+            return 1
+
+
+def _say(text: str) -> None:
+    click.echo(f"kvtrace: {text}", err=True)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _debugging() -> bool:
+    return os.environ.get("KVTRACE_DEBUG", "") not in ("", "0")
+
+
+def _let_go_of_stdout() -> None:
+    # The reader went away (`| head`). Python flushes stdout once more on its way out: let that go nowhere.
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):  # a captured stdout has no file
+        return
+
+
+def _version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        import kvtrace
+
+        click.echo(f"kvtrace {kvtrace.__version__}")
+        ctx.exit()
+
+
+@click.group(
+    cls=Cli,
+    epilog=examples(
+        "kvtrace demo",
+        "kvtrace info traces/samples/thrash.kvt",
+    ),
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_version, help="Show the version.")
+def cli() -> None:
+    """See what an LLM server's KV cache did, and replay it at settings that were never run."""
+
+
+def main() -> NoReturn:
+    """The entry point of the `kvtrace` script."""
+    cli.main()

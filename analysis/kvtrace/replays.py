@@ -1,0 +1,75 @@
+"""Open-loop replays of whole traces: every engine and block size that was asked for, as one frame."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import polars as pl
+
+from kvtrace import metrics
+from kvtrace.api import Trace, open
+from kvtrace_replay import from_trace
+from kvtrace_replay import replay as replay_workload
+
+Capacity = int | float | str
+
+
+def replay(
+    trace: str | os.PathLike[str] | Trace,
+    policy: str | Sequence[str] = "lru",
+    capacity: Capacity | Sequence[Capacity] | None = None,
+    block_size: int | Sequence[int] | None = None,
+    semantics: str | Sequence[str] = "prefix",
+) -> pl.DataFrame:
+    """Replay a trace's lookups through caches that were never run: one row per cell of the grid.
+
+    Every argument takes one value or several. `capacity` is in blocks, or a text as on the command line
+    (`10k`, `50%`, `65536tok`, `8GiB`, `inf`); None is the run's own capacity, where the trace knows it, and
+    `inf`. `block_size` must be a multiple of the trace's granule; None is the trace's own.
+
+    Columns: policy, capacity_blocks (null is `inf`), block_size, semantics, requests, block_lookups,
+    block_hits, block_hit_ratio, token_lookups, token_hits, token_hit_ratio, evictions, seconds (the kernel
+    alone), pin_overflow_requests, why; a trace of several engines has engine_index in front. A cell that
+    cannot be run has nulls, and says why. Raises UsageError for an unknown policy or semantics, or a capacity
+    or block size that cannot be.
+    """
+    opened = trace if isinstance(trace, Trace) else open(trace)
+    frames = []
+    for header in opened.engines:
+        for size in several(block_size):
+            rows = replay_engine(opened, header, policy, capacity, size, semantics)
+            frame = pl.DataFrame(rows, infer_schema_length=None)
+            if len(opened.engines) > 1:
+                index = pl.lit(header["engine_index"], dtype=pl.Int16).alias("engine_index")
+                frame = frame.select(index, pl.all())
+            frames.append(frame)
+    return pl.concat(frames, how="diagonal_relaxed")
+
+
+def replay_engine(
+    trace: Trace,
+    header: dict[str, Any],
+    policy: str | Sequence[str] = "lru",
+    capacity: Capacity | Sequence[Capacity] | None = None,
+    block_size: int | None = None,
+    semantics: str | Sequence[str] = "prefix",
+) -> list[dict[str, Any]]:
+    """The rows of one engine of a trace (`header` is one of `trace.engines`) at one block size."""
+    workload = from_trace(trace.reader, block_size=block_size, engine_index=header["engine_index"])
+    wanted = default_capacities(header) if capacity is None else several(capacity)
+    return replay_workload(workload, policy=several(policy), capacity=wanted, semantics=several(semantics))
+
+
+def default_capacities(header: dict[str, Any]) -> list[Capacity]:
+    """The run's own capacity, where it is known, and an unbounded cache."""
+    own = metrics.capacity_blocks(header)
+    return ["inf"] if own is None else [own, "inf"]
+
+
+def several(value: Any) -> list[Any]:
+    """The value as a list; a text is one value."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return list(value)
+    return [value]

@@ -1,0 +1,96 @@
+"""`kvtrace replay` and `kvtrace.replay`: the same rows, by command and by call."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kvtrace
+
+KEYS = [
+    "policy", "capacity_blocks", "block_size", "semantics", "requests", "block_lookups", "block_hits",
+    "block_hit_ratio", "token_lookups", "token_hits", "token_hit_ratio", "evictions", "seconds",
+]  # fmt: skip
+
+
+def without_seconds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def test_command_and_call_agree(kvtrace_cli: Callable[..., Any], thrash: Path) -> None:
+    done = kvtrace_cli("replay", thrash, "--policy", "lru,fifo", "--capacity", "50%,inf", "--json")
+    rows = json.loads(done.out)
+    assert done.code == 0
+    assert [(row["policy"], row["capacity_blocks"] is None) for row in rows] == [
+        ("lru", False), ("lru", True), ("fifo", False), ("fifo", True),
+    ]  # fmt: skip
+    assert set(KEYS) <= set(rows[0])
+    called = kvtrace.replay(thrash, policy=["lru", "fifo"], capacity=["50%", "inf"])
+    assert without_seconds(called.to_dicts()) == without_seconds(rows)
+
+
+def test_scalars_and_an_open_trace(thrash: Path) -> None:
+    trace = kvtrace.open(thrash)
+    frame = kvtrace.replay(trace, policy="lru", capacity=50, semantics="object")
+    assert frame.height == 1
+    assert frame["capacity_blocks"][0] == 50
+    assert frame["semantics"][0] == "object"
+
+
+def test_default_capacities_are_the_runs_own_and_inf(thrash: Path) -> None:
+    trace = kvtrace.open(thrash)
+    assert kvtrace.replay(trace)["capacity_blocks"].to_list() == [trace.header["num_blocks"] - 1, None]
+
+
+def test_block_sizes(thrash: Path) -> None:
+    size = kvtrace.open(thrash).header["granule"]
+    frame = kvtrace.replay(thrash, block_size=[size, 2 * size], capacity="inf")
+    assert frame["block_size"].to_list() == [size, 2 * size]
+    with pytest.raises(kvtrace.UsageError):
+        kvtrace.replay(thrash, block_size=size + 1)
+
+
+def test_facts_stand_on_stderr(kvtrace_cli: Callable[..., Any], thrash: Path) -> None:
+    done = kvtrace_cli("replay", thrash, "--capacity", "1,inf")
+    header = kvtrace.open(thrash).header
+    assert "open loop, prefix semantics" in done.err
+    assert "tokens looked up by" in done.err
+    assert f"the engine itself, {header['num_blocks'] - 1:,} blocks, first admissions" in done.err
+    assert "a capacity of 1 blocks cannot hold the largest single request" in done.err
+    assert done.out.splitlines()[-1].split()[:2] == ["lru", "inf"]
+    assert max(map(len, done.out.splitlines())) <= 100
+
+
+def test_several_engines_get_a_column(two_engines: Path, thrash: Path) -> None:
+    frame = kvtrace.replay(two_engines, capacity="inf")
+    assert frame["engine_index"].to_list() == [0, 1]
+    single = kvtrace.replay(thrash, capacity="inf")["block_hits"][0]
+    assert frame["block_hits"].to_list() == [single, single]
+
+
+def test_several_traces_get_a_column(kvtrace_cli: Callable[..., Any], thrash: Path, cut: Path) -> None:
+    rows = json.loads(kvtrace_cli("replay", thrash, cut, "--capacity", "inf", "--json").out)
+    assert [row["trace"] for row in rows] == [thrash.stem, cut.stem]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [("--policy", "lru,nope"), ("--capacity", "many"), ("--block-size", "7,x"), ("--block-size", "0"),
+     ("--semantics", "nope"), ("--policy", ",")],
+)  # fmt: skip
+def test_wrong_values_are_usage_errors(args: tuple[str, str], kvtrace_cli: Callable[..., Any], thrash: Path) -> None:
+    done = kvtrace_cli("replay", thrash, *args)
+    assert done.code == 2
+    assert done.out == ""
+
+
+def test_policies_are_listed(kvtrace_cli: Callable[..., Any]) -> None:
+    rows = json.loads(kvtrace_cli("policies", "--json").out)
+    assert {"lru", "fifo", "opt"} <= {row["name"] for row in rows}
+    assert all(row["summary"] and row["paper"] for row in rows)
+    text = kvtrace_cli("policies").out
+    assert all(row["paper"] in text for row in rows)

@@ -1,0 +1,133 @@
+"""SQL over traces: what it sees, and what it must not be able to do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+import kvtrace
+from kvtrace.sql import Database, distinct_names
+from kvtrace_traces.schema import TABLES
+
+
+def test_every_table_has_the_columns_of_the_schema(thrash: Path) -> None:
+    trace = kvtrace.open(thrash)
+    for table in TABLES.values():
+        frame = trace.sql(f"SELECT * FROM {table.name} LIMIT 3")
+        assert frame.columns == [column.name for column in table.columns]
+
+
+def test_tables_equal_the_frames(thrash: Path) -> None:
+    trace = kvtrace.open(thrash)
+    for name in TABLES:
+        frame = getattr(trace, name)
+        assert trace.sql(f"SELECT count(*) AS n FROM {name}")["n"][0] == frame.height
+    order = ["engine_index", "step", "request"]
+    expanded = trace.sql("SELECT * FROM step_requests").sort(order)
+    assert expanded.to_dicts() == trace.step_requests.sort(order).to_dicts()
+
+
+def test_only_named_tables_are_decoded(thrash: Path) -> None:
+    trace = kvtrace.open(thrash)
+    trace.sql("SELECT count(*) FROM step_requests")
+    assert "step_spans" in vars(trace.reader)
+    assert not {"block_events", "requests", "step_requests"} & set(vars(trace.reader))
+
+
+def test_sums_are_ordinary_integers(thrash: Path) -> None:
+    frame = kvtrace.open(thrash).sql("SELECT sum(tokens) AS n, sum(tokens) * 10::HUGEINT ** 20 AS big FROM steps")
+    assert frame.schema["n"] == pl.Int64
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "CREATE TABLE t AS SELECT 1", "DROP VIEW steps", "INSERT INTO steps VALUES (1)", "DELETE FROM steps",
+        "COPY steps TO 'out.csv'", "ATTACH 'out.db'", "EXPORT DATABASE 'out'", "INSTALL httpfs", "LOAD httpfs",
+        "SET enable_external_access = true", "RESET lock_configuration", "PRAGMA database_list",
+        "SELECT * FROM read_csv('/etc/passwd')", "SELECT * FROM '/etc/passwd'", "SELECT * FROM glob('/*')",
+        "SELECT 1; SELECT 2", "SELECT 1; DROP TABLE steps", "", "  ", "SELEC 1", "SELECT nope FROM steps",
+        "SELECT 'a'::INTEGER", "SELECT * FROM trace",
+    ],
+)  # fmt: skip
+def test_anything_but_reading_is_refused(
+    query: str, thrash: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trace = kvtrace.open(thrash)
+    steps = trace.sql("SELECT count(*) FROM steps").item()
+    with pytest.raises(kvtrace.UsageError) as error:
+        trace.sql(query)
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+    assert trace.sql("SELECT count(*) FROM steps").item() == steps
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "FROM steps", "WITH s AS (FROM steps) SELECT * FROM s", "DESCRIBE steps", "SUMMARIZE steps", "SHOW TABLES",
+        "EXPLAIN SELECT * FROM steps", "PIVOT block_events ON kind USING count(*) GROUP BY engine_index",
+        "SELECT 1;", "SELECT * FROM information_schema.tables", "VALUES (1)", "-- a comment\nSELECT 1",
+    ],
+)  # fmt: skip
+def test_all_ways_of_reading(query: str, thrash: Path) -> None:
+    assert kvtrace.open(thrash).sql(query).height > 0
+
+
+def test_an_unknown_table_is_answered_with_the_tables(thrash: Path) -> None:
+    with pytest.raises(kvtrace.UsageError, match=r"no table 'block_event'.*block_events"):
+        kvtrace.open(thrash).sql("SELECT * FROM block_event")
+
+
+def test_several_traces_get_a_column(kvtrace_cli: Callable[..., Any], thrash: Path, cut: Path) -> None:
+    query = "SELECT trace, count(*) AS n FROM step_requests GROUP BY trace ORDER BY trace"
+    done = kvtrace_cli("sql", thrash, cut, query, "--json")
+    rows = json.loads(done.out)
+    assert [row["trace"] for row in rows] == sorted([thrash.stem, cut.stem])
+    assert rows[0]["n"] > 0
+
+
+def test_query_comes_from_stdin(kvtrace_cli: Callable[..., Any], thrash: Path) -> None:
+    assert kvtrace_cli("sql", thrash, "--csv", stdin="SELECT 42 AS a").out == "a\n42\n"
+
+
+def test_a_mistyped_path_is_no_query(kvtrace_cli: Callable[..., Any], thrash: Path) -> None:
+    done = kvtrace_cli("sql", thrash, "thrush.kvt")
+    assert done.code == 2
+    assert "no file or folder 'thrush.kvt'" in done.err
+    assert kvtrace_cli("sql", "SELECT 1").code == 2
+    assert kvtrace_cli("sql", thrash, "SELECT " + "1 + " * 900 + "1 AS n", "--csv").out == "n\n901\n"
+
+
+def test_schema_lists_every_column(kvtrace_cli: Callable[..., Any]) -> None:
+    rows = json.loads(kvtrace_cli("sql", "--schema", "--json").out)
+    assert [(row["table"], row["column"]) for row in rows] == [
+        (table.name, column.name) for table in TABLES.values() for column in table.columns
+    ]
+    assert all(row["type"] and row["meaning"] for row in rows)
+
+
+def test_declared_types_are_duckdbs(thrash: Path, kvtrace_cli: Callable[..., Any]) -> None:
+    trace = kvtrace.open(thrash)
+    rows = json.loads(kvtrace_cli("sql", "--schema", "--json").out)
+    for name in TABLES:
+        found = dict(trace.sql(f"DESCRIBE {name}").select("column_name", "column_type").rows())
+        declared = {row["column"]: row["type"] for row in rows if row["table"] == name}
+        assert {key: "VARCHAR" if value.startswith("ENUM") else value for key, value in found.items()} == declared
+
+
+def test_names_of_traces() -> None:
+    assert distinct_names([Path("a/x.kvt"), Path("b/y.kvt")]) == ["x", "y"]
+    assert distinct_names([Path("a/x.kvt"), Path("b/x.kvt")]) == ["a/x.kvt", "b/x.kvt"]
+    assert len(set(distinct_names([Path("x"), Path("x")]))) == 2
+
+
+def test_engines_stay_apart(two_engines: Path) -> None:
+    frame = Database([kvtrace.open(two_engines)]).query("SELECT engine_index, count(*) FROM steps GROUP BY ALL")
+    assert sorted(frame["engine_index"].to_list()) == [0, 1]

@@ -1,0 +1,151 @@
+"""The rarer operations (EXT) and the start after a gap (KEY) in the decoder's last pass. Compiled; see ``events``."""
+
+# ruff: noqa: I001, SIM109 -- long lists of constants; chains of `or` compile to less
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, assignment"
+from __future__ import annotations
+
+import numpy as np
+
+from kvtrace_traces.compile import njit
+from kvtrace_traces.played import (
+    C_CALL, C_CONTEXT, C_DUE, C_EMPTY, C_EPOCH, C_EXPLICIT_AT, C_ID_AT, C_INSIDE, C_OUTPUT, C_OWNER_AT, C_OWNERS,
+    C_PREEMPTED, C_REQUESTS, C_RUNNING, C_SET, C_SPECIAL, C_STEP, C_STEPS, C_TIME, C_WAITING, C_WHOLE, Q_PLACE, enter,
+    event, held, leave, preempt, time_of,
+)  # fmt: skip
+from kvtrace_traces.rows import (
+    ALLOCATED, EVICTED, FILLED, FREED, HITS, LOADED, R_ARRIVAL_NS, R_ARRIVAL_S, R_ARRIVAL_STEP, R_FLAGS, R_ID_AT,
+    R_ID_BYTES, R_MAX, R_OUTPUT, R_PRIORITY, R_PROMPT, R_TENANT, RESET, STORED,
+)  # fmt: skip
+from kvtrace_traces.schema import REQUEST_FINISHED
+from kvtrace_traces.survey import (
+    KEY_WORDS, REQ_WORDS, X_ALLOC, X_EVICT, X_FILL, X_FREE, X_HIT, X_IDS, X_LOAD, X_LOST, X_REQ, X_RESET, X_SKIP,
+    X_STORE, X_TIME,
+)  # fmt: skip
+
+
+@njit
+def resume(words, at, state, per, members, out):
+    """KEY after a gap: what stood before may be stale, so only what the frame says, or is seen from now on, is believed."""
+    while state[C_SET] > 0:
+        leave(state, per, members, out, np.int64(members[state[C_SET] - 1]))
+    state[C_TIME] = time_of(words, at + 1)
+    state[C_STEP] = words[at + 3]
+    state[C_RUNNING] = words[at + 7]
+    state[C_WAITING] = words[at + 8]
+    state[C_DUE] = words[at + 9]
+    state[C_OUTPUT] = state[C_STEPS]
+    state[C_SPECIAL] = 0
+    state[C_WHOLE] += 1
+    state[C_EPOCH] += 1
+    state[C_CALL] += 1  # a lookup before the gap belongs to no call after it
+    state[C_INSIDE] = 0
+    state[C_CONTEXT] = -1
+    state[C_OWNERS] = 0
+    state[C_OWNER_AT] = 0
+    state[C_EMPTY] = 0
+    state[C_PREEMPTED] = 0
+    for i in range(np.int64(words[at] >> np.uint32(4))):
+        base = at + 1 + KEY_WORDS + 3 * i
+        r = np.int64(words[base])
+        if r < state[C_REQUESTS] and per[Q_PLACE, r] == 0:
+            enter(state, per, members, r, 1, np.int64(words[base + 1]) + np.int64(words[base + 2]))
+
+
+@njit
+def extended(words, at, n, state, per, members, holds, explicit_ids, out):
+    """EXT: the operation of ``n`` words at ``at``. An unknown code is of a newer minor version and is passed over."""
+    code = np.int64(words[at] >> np.uint32(4)) & 255
+    size = n - 1
+    if code == X_TIME:
+        state[C_TIME] = time_of(words, at + 1)
+    elif code == X_REQ:
+        _arrive(words, at, state, out)
+    elif code == X_IDS:
+        first = state[C_REQUESTS]
+        for r in range(first, first + size // 2):
+            out.requests32[R_ARRIVAL_STEP, r] = 0
+            out.requests32[R_PROMPT, r] = 1
+            out.requests32[R_OUTPUT, r] = 0
+        state[C_REQUESTS] = first + size // 2
+    elif code == X_RESET:
+        event(state, out, RESET, -1, -1, -1, 0)
+        state[C_EPOCH] += 1
+    elif code == X_EVICT:
+        for i in range(at + 1, at + n):
+            block = np.int64(words[i])
+            event(state, out, EVICTED, -1, block, held(holds, state[C_EPOCH], block), 0)
+            holds[block] = 0
+    elif code == X_SKIP:
+        skipped = np.int64(words[at + 1])
+        due = min(skipped, state[C_DUE])
+        state[C_DUE] -= due
+        state[C_OUTPUT] = min(state[C_OUTPUT] + skipped - due, state[C_STEPS])
+    elif code == X_LOST:
+        preempt(state, per, members, out, np.int64(words[at + 1]), np.int64(words[at + 2]), np.int64(words[at + 3]))
+    elif code == X_ALLOC or code == X_HIT or code == X_FREE or code == X_STORE or code == X_LOAD:
+        _named(words, at, n, code, state, holds, out)
+    elif code == X_FILL:
+        r, group = _whose(words, at, state)
+        for i in range((size - 2) // 3):
+            block = np.int64(words[at + 3 + 3 * i])
+            identity = np.int64(explicit_ids[state[C_EXPLICIT_AT]])
+            state[C_EXPLICIT_AT] += 1
+            holds[block] = state[C_EPOCH] << 32 | (identity + 1)
+            event(state, out, FILLED, r, block, identity, group)
+
+
+@njit
+def _whose(words, at, state):
+    """Request and group of an operation that names its blocks, -1 for unknown ones."""
+    r = np.int64(words[at + 1])
+    group = np.int64(words[at + 2])
+    return r if r < state[C_REQUESTS] else np.int64(-1), group if group < 32768 else np.int64(-1)
+
+
+@njit
+def _named(words, at, n, code, state, holds, out):
+    kind, fixed = FREED, 2
+    if code == X_ALLOC:
+        kind = ALLOCATED
+    elif code == X_HIT:
+        kind = HITS
+    elif code == X_STORE:
+        kind, fixed = STORED, 6
+    elif code == X_LOAD:
+        kind, fixed = LOADED, 6
+    r, group = _whose(words, at, state)
+    if fixed == 6:
+        group = np.int64(0)
+    for i in range(at + 1 + fixed, at + n):
+        block = np.int64(words[i])
+        old = held(holds, state[C_EPOCH], block)
+        if code == X_ALLOC:
+            if old >= 0:
+                event(state, out, EVICTED, r, block, old, group)
+            holds[block] = 0
+            old = np.int64(-1)
+        event(state, out, kind, r, block, old, group)
+
+
+@njit
+def _arrive(words, at, state, out):
+    r = state[C_REQUESTS]
+    state[C_REQUESTS] = r + 1
+    out.requests64[R_ARRIVAL_NS, r] = time_of(words, at + 1)
+    out.requests64[R_ARRIVAL_S, r] = time_of(words, at + 3)  # the bits of an f64
+    out.requests64[R_TENANT, r] = time_of(words, at + 9)
+    out.requests32[R_PROMPT, r] = np.int64(words[at + 5])
+    out.requests32[R_MAX, r] = np.int64(words[at + 6])
+    out.requests32[R_PRIORITY, r] = np.int32(words[at + 7])
+    out.requests32[R_FLAGS, r] = np.int64(words[at + 8])
+    out.requests32[R_ARRIVAL_STEP, r] = state[C_STEP]
+    if words[at + 8] & np.uint32(REQUEST_FINISHED):
+        out.requests32[R_OUTPUT, r] = np.int64(words[at + 11])
+    size = np.int64(words[at + REQ_WORDS])
+    id_at = state[C_ID_AT]
+    out.requests32[R_ID_BYTES, r] = size
+    out.requests64[R_ID_AT, r] = id_at
+    for i in range(size):
+        word = words[at + 1 + REQ_WORDS + i // 4]
+        out.id_bytes[id_at + i] = (word >> np.uint32(8 * (i & 3))) & np.uint32(255)
+    state[C_ID_AT] = id_at + size
