@@ -107,6 +107,7 @@ def main() -> None:
     import kvtrace_tracer
 
     kvtrace_tracer.register()
+    del os.environ["KVTRACE_OUT"]
     kinds = ["off", "control", "trace", "kv-events"]
     print(f"{'load':<11}{'steps':>7}{'off us/step':>13}{'control':>9}{'kvtrace':>9}{'kv events':>11}"
           f"{'us/event':>10}{'B/event':>9}")  # fmt: skip

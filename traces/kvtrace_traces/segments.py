@@ -99,6 +99,6 @@ def _check(header: dict[str, Any], prefix: bytes) -> None:
             raise ValueError(f"{name} is {str(value)[:40]}")
     if not isinstance(header.get("inexact", []), list):
         raise ValueError("inexact is no list")
-    told = header.get("format")
+    told = header.get("log_format")
     if told is not None and told != wire.version_of(prefix):
         raise ValueError(f"it is of format {str(told)[:40]}, and the file's first bytes say {wire.version_of(prefix)}")

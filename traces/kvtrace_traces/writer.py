@@ -272,7 +272,7 @@ class LogWriter:
         self._seq += 1
 
     def _header_body(self) -> bytes:
-        return _json({**self._header, "format": wire.FORMAT, "segment": self._segment})
+        return _json({**self._header, "log_format": wire.FORMAT, "segment": self._segment})
 
     def _head_bytes(self) -> int:
         """Bytes at the start of each segment. The segment's number may have a few digits more than now."""
@@ -382,7 +382,7 @@ def write_file(
                 seq += 1
 
             file.write(wire.prefix())
-            put(wire.HEADER, 0, _json({**header, "format": wire.FORMAT, "segment": 0}))
+            put(wire.HEADER, 0, _json({**header, "log_format": wire.FORMAT, "segment": 0}))
             for flags, body in bodies():
                 put(wire.OPS, flags, body)
             put(wire.END, 0, _json(end()))

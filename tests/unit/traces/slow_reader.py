@@ -1,0 +1,533 @@
+"""A reader of `.kvt` logs written from docs/format.md alone: plain Python, one operation at a time, nothing clever.
+
+It is the twin that the compiled reader is compared with. `read` takes the bytes of an engine's segments, in order, and
+returns a list of dicts per table.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from dataclasses import dataclass, field
+from typing import Any
+
+FINISH_REASONS = ["stop", "length", "abort", "error", "ignored", "repetition", "other"]
+UNKNOWN = 0xFFFFFFFF
+Row = dict[str, Any]
+
+
+@dataclass
+class Commit:
+    kind: int
+    flags: int
+    seq: int
+    body: bytes
+    gap: bool = False  # something is missing just before
+
+
+def commit_at(data: bytes, at: int) -> Commit | None:
+    if at + 12 > len(data):
+        return None
+    tag, length, crc = struct.unpack_from("<III", data, at)
+    if tag >> 24 != ord("K") or length % 4 or at + 12 + length > len(data):
+        return None
+    body = data[at + 12 : at + 12 + length]
+    if zlib.crc32(data[at : at + 8] + body) != crc:
+        return None
+    return Commit(tag >> 20 & 15, tag >> 16 & 15, tag & 0xFFFF, body)
+
+
+def commits_of(data: bytes) -> list[Commit]:
+    """Every commit that checks out, up to END or NEXT; `gap` where something between them does not, or is not there."""
+    found: list[Commit] = []
+    at, expected, gap = 16, 0, False
+    while at < len(data):
+        commit = commit_at(data, at)
+        if commit is None:
+            at, gap = at + 4, True
+            continue
+        commit.gap = gap or commit.seq != expected
+        found.append(commit)
+        expected, gap = (commit.seq + 1) % 65536, False
+        at += 12 + len(commit.body)
+        if commit.kind in (4, 5):
+            break
+    return found
+
+
+@dataclass
+class Request:
+    """What a reader keeps of a request."""
+
+    row: Row | None = None
+    chain: list[int] = field(default_factory=list)
+    chain_broken: bool = False
+    table: list[int] | None = None  # None: not known whole
+    filled: int = 0
+    lookup: tuple[int, int, int] | None = None  # call, tokens asked, word
+    cached: int | None = None
+    preemptions: int = 0
+
+
+def read(files: list[bytes], recover: str = "tail") -> dict[str, list[Row]]:
+    """The tables of one engine's log."""
+    reader = Reader(json.loads(commits_of(files[0])[0].body))
+    ops, gap = [], False
+    for data in files:
+        commits = commits_of(data)
+        for commit in commits:
+            gap = gap or commit.gap
+            if commit.kind == 2:
+                ops.append((commit, gap))
+                gap = False
+        gap = gap or commits[-1].kind != 5
+    reader.chains(ops, recover)
+    live = False
+    for commit, gap in ops:
+        if gap:
+            if recover == "tail":
+                break
+            live = False
+        if commit.flags & 1:
+            reader.resumed = reader.resumed or gap or not live
+            live = True
+        if live:
+            reader.play(commit.body)
+    return reader.tables()
+
+
+class Words:
+    """The words of a commit, taken one after another."""
+
+    def __init__(self, body: bytes) -> None:
+        self.words = struct.unpack(f"<{len(body) // 4}I", body)
+        self.at = 0
+
+    def __bool__(self) -> bool:
+        return self.at < len(self.words)
+
+    def one(self) -> int:
+        self.at += 1
+        return self.words[self.at - 1]
+
+    def many(self, n: int) -> list[int]:
+        return [self.one() for _ in range(n)]
+
+    def long(self) -> int:
+        return self.one() | self.one() << 32
+
+
+class Reader:
+    def __init__(self, header: Row) -> None:
+        self.granules = max(1, header["block_size"] // header["granule"])
+        self.requests: list[Request] = []
+        self.steps: list[Row] = []
+        self.lookups: list[Row] = []
+        self.preemptions: list[Row] = []
+        self.events: list[Row] = []
+        self.set: dict[int, tuple[int, int]] = {}  # request -> tokens in the last step, computed before it
+        self.step_requests: list[Row] = []
+        self.holds: dict[int, int] = {}  # block -> identity
+        self.names: dict[int, int] = {}  # hash -> dense identity
+        self.time = self.step = self.call = self.running = self.waiting = 0
+        self.inside = False
+        self.context: int | None = None
+        self.owners: list[int] = []
+        self.due = 0  # outputs of steps before the gap that are still to come
+        self.without_output: list[Row] = []
+        self.preempted = self.empty = self.begun = 0
+        self.resumed = True
+
+    # ---- chains are read first: a later part of the log tells what is in a block
+
+    def chains(self, ops: list[tuple[Commit, bool]], recover: str) -> None:
+        names = self.names
+        requests: list[Request] = []
+        live, resumed = False, True
+        for commit, gap in ops:
+            if gap and recover == "tail":
+                break
+            live = (live and not gap) or bool(commit.flags & 1)
+            resumed = resumed or gap
+            if not live:
+                continue
+            for op, operand, w in operations(commit.body):
+                if op == 1:
+                    w.many(3)
+                    count = w.one()
+                    requests += [Request() for _ in range(count - len(requests))]
+                    w.many(5)
+                    m = w.one()
+                    w.many(3 * operand)
+                    for _ in range(m):
+                        r, _, _, length = w.many(4)
+                        request = requests[r]
+                        if resumed and (request.row is None or len(request.chain) != length):
+                            request.chain_broken = True
+                    resumed = False
+                elif op in (3, 8):
+                    n = w.one() if op == 3 else 1
+                    grown = [w.long() for _ in range(n)]
+                    request = requests[operand]
+                    if request.row is not None and not request.chain_broken:
+                        request.chain += [names.setdefault(value, len(names)) for value in grown]
+                elif op == 15 and operand & 255 == 2:
+                    requests.append(Request(row={}))
+                elif op == 15 and operand & 255 == 10:
+                    w.many(2)
+                    for _ in range(((operand >> 8) - 2) // 3):
+                        w.one()
+                        value = w.long()
+                        names.setdefault(value, len(names))
+                elif op == 15 and operand & 255 == 12:
+                    for _ in range((operand >> 8) // 2):
+                        value = w.long()
+                        requests.append(Request(row={}, chain=[names.setdefault(value, len(names))]))
+        self.known_chains = [request.chain for request in requests]
+
+    # ---- playing the operations
+
+    def request(self, number: int) -> Request:
+        return self.requests[number]
+
+    def arrive(self, row: Row) -> None:
+        number = len(self.requests)
+        blank = {"request_id": "", "arrival_ns": -1, "arrival_s": None, "max_tokens": -1, "priority": -1, "tenant": 0,
+                 "no_cache_read": False, "output_tokens": None, "finish_step": None, "finish_ns": None,
+                 "finish_reason": None, "first_step": None, "last_step": None}  # fmt: skip
+        full = {"request": number, **blank, "arrival_step": self.step, **row}
+        self.requests.append(Request(row=full, chain=self.known_chains[number]))
+
+    def now(self) -> int:
+        return max(0, self.step if self.inside else self.step - 1)
+
+    def event(self, kind: str, request: int | None, block: int | None, identity: int | None, group: int | None = 0) -> None:
+        self.events.append(
+            {"step": self.now(), "time_ns": self.time, "request": request, "kind": kind, "block": block,
+             "identity": identity, "group": group}
+        )  # fmt: skip
+
+    def play(self, body: bytes) -> None:
+        for op, operand, w in operations(body):
+            getattr(self, f"op{op}")(operand, w)
+
+    def op1(self, n: int, w: Words) -> None:  # KEY
+        time, step, requests, _ = w.long(), w.one(), w.one(), w.long()
+        running, waiting, due, m = w.many(4)
+        scheduled = [w.many(3) for _ in range(n)]
+        w.many(4 * m)
+        while len(self.requests) < requests:
+            number = len(self.requests)
+            self.requests.append(Request(chain=self.known_chains[number]))
+        if not self.resumed:
+            return
+        self.resumed = False
+        self.time, self.step, self.running, self.waiting, self.due = time, step, running, waiting, due
+        self.set = {r: (tokens, computed) for r, tokens, computed in scheduled if r != UNKNOWN}
+        self.without_output = []
+        self.holds = {}
+        for request in self.requests:
+            request.table, request.lookup = None, None
+        self.inside, self.context, self.owners = False, None, []
+        self.preempted = self.empty = 0
+
+    def op2(self, delta: int, w: Words) -> None:  # OUTPUT
+        self.time += delta
+        if self.due:
+            self.due -= 1
+        elif self.without_output:
+            self.without_output.pop(0)["end_ns"] = self.time
+
+    def op3(self, request: int, w: Words) -> None:  # CHAIN: read before
+        w.many(2 * w.one())
+
+    def op4(self, number: int, w: Words) -> None:  # LOOKUP
+        self.context = number
+        request = self.request(number)
+        request.table, request.filled = [], 0
+        request.lookup = (self.call, w.one(), w.one())
+
+    def op5(self, n: int, w: Words) -> None:  # HIT
+        request = self.request(self.context)  # type: ignore[arg-type]
+        for i, block in enumerate(w.many(n)):
+            identity = self.identity(request, i)
+            if identity is not None:
+                self.holds[block] = identity
+            request.table.append(block)  # type: ignore[union-attr]
+            self.event("hit", self.context, block, identity)
+        request.filled = n
+
+    def op6(self, block: int, w: Words) -> None:  # ALLOC
+        self.allocate([block])
+
+    def op7(self, n: int, w: Words) -> None:  # ALLOCN
+        self.allocate(w.many(n))
+
+    def allocate(self, blocks: list[int]) -> None:
+        owner = self.context
+        if owner is None and self.inside and self.owners:
+            owner = self.owners.pop(0)
+            owner = None if owner >= len(self.requests) else owner
+        for block in blocks:
+            if block in self.holds:
+                self.event("evict", owner, block, self.holds.pop(block))
+            self.event("allocate", owner, block, None)
+            if owner is not None and self.request(owner).table is not None:
+                self.request(owner).table.append(block)  # type: ignore[union-attr]
+
+    def op8(self, number: int, w: Words) -> None:  # FILL1
+        w.long()
+        self.fill(number, 1)
+
+    def op9(self, number: int, w: Words) -> None:  # FILL
+        self.fill(number, w.one())
+
+    def fill(self, number: int, n: int) -> None:
+        request = self.request(number)
+        for _ in range(n):
+            if request.table is None or request.filled >= len(request.table):
+                return  # lost
+            block, identity = request.table[request.filled], self.identity(request, request.filled)
+            request.filled += 1
+            if identity is not None:
+                self.holds[block] = identity
+            self.event("fill", number, block, identity)
+
+    def identity(self, request: Request, block: int) -> int | None:
+        at = (block + 1) * self.granules - 1
+        return request.chain[at] if at < len(request.chain) else None
+
+    def op10(self, number: int, w: Words) -> None:  # FREE
+        w.one()
+        self.free(number)
+
+    def free(self, number: int) -> None:
+        request = self.request(number)
+        for block in reversed(request.table or []):
+            self.event("free", number, block, self.holds.get(block))
+        if request.table is not None:
+            request.table = []
+        request.filled = 0
+
+    def op11(self, number: int, w: Words) -> None:  # PREEMPT
+        self.preempt(number, w.one(), w.one())
+        self.free(number)
+
+    def preempt(self, number: int, tokens: int, blocks: int) -> None:
+        self.preemptions.append(
+            {"step": self.now(), "time_ns": self.time, "request": number, "blocks_lost": blocks, "tokens_lost": tokens}
+        )
+        self.request(number).preemptions += 1
+        self.preempted += 1
+        self.set.pop(number, None)
+
+    def op12(self, number: int, w: Words) -> None:  # FINISH
+        reason, output = w.many(2)
+        self.set.pop(number, None)
+        row = self.request(number).row
+        if row is not None:
+            row["finish_reason"] = FINISH_REASONS[min(reason, 6)]
+            row["output_tokens"] = output
+            row["finish_step"], row["finish_ns"] = self.now(), self.time
+
+    def op13(self, delta: int, w: Words) -> None:  # BEGIN
+        self.time += delta
+        self.begun, self.inside, self.context = self.time, True, None
+        self.owners = owners_ahead(w)
+
+    def op14(self, operand: int, w: Words) -> None:  # SCHED
+        flags, n, k = operand & 15, operand >> 4 & 0xFFF, operand >> 16
+        if flags & 8:
+            n, k = w.one(), w.one()
+        free = w.one()
+        if flags & 1:
+            self.running, self.waiting = w.one(), w.one()
+        entries = {r: (tokens, computed) for r, tokens, computed in (w.many(3) for _ in range(n))}
+        if k:
+            w.many(k if flags & 2 else 1 + (k + 1) // 2)
+        before = set(self.set)
+        expected = {} if flags & 4 else {r: (1, computed + tokens) for r, (tokens, computed) in self.set.items()}
+        self.set = expected | entries
+        for r in entries:
+            request = self.request(r)
+            if r not in before and request.lookup is not None and request.lookup[0] == self.call:
+                self.looked_up(r, request)
+        self.call += 1
+        if self.set:
+            tokens = sum(tokens for tokens, _ in self.set.values())
+            row = {"step": self.step, "start_ns": self.begun, "end_ns": None, "requests": len(self.set),
+                   "tokens": tokens, "running": self.running, "waiting": self.waiting, "free_blocks": free,
+                   "preempted": self.preempted, "empty_calls": self.empty}  # fmt: skip
+            self.steps.append(row)
+            self.without_output.append(row)
+            for r, (tokens, computed) in sorted(self.set.items()):
+                self.step_requests.append(
+                    {"step": self.step, "request": r, "tokens": tokens, "computed_before": computed}
+                )
+                mine = self.request(r).row
+                if mine is not None:
+                    mine["first_step"] = self.step if mine["first_step"] is None else mine["first_step"]
+                    mine["last_step"] = self.step
+            self.step += 1
+            self.preempted = self.empty = 0
+        else:
+            self.empty += 1
+        self.inside, self.context = False, None
+
+    def looked_up(self, number: int, request: Request) -> None:
+        _, asked, word = request.lookup  # type: ignore[misc]
+        hit = max(0, word - 1)
+        request.cached = hit if request.cached is None else request.cached
+        if word:
+            self.lookups.append({"step": self.step, "request": number, "tokens_asked": asked, "tokens_hit": hit,
+                                 "after_preemption": request.preemptions > 0})  # fmt: skip
+
+    def op15(self, operand: int, w: Words) -> None:  # EXT
+        code, words = operand & 255, Words(struct.pack(f"<{operand >> 8}I", *w.many(operand >> 8)))
+        rare = getattr(self, f"ext{code}", None)
+        if rare is not None:
+            rare(words)
+
+    def ext1(self, w: Words) -> None:  # TIME
+        self.time = w.long()
+
+    def ext2(self, w: Words) -> None:  # REQ
+        arrival_ns, arrival_bits = w.long(), w.long()
+        prompt, most, priority, flags = w.many(4)
+        tenant, output, size = w.long(), w.one(), w.one()
+        name = struct.pack(f"<{len(w.words) - w.at}I", *w.words[w.at :])[:size]
+        self.arrive({
+            "arrival_ns": arrival_ns, "arrival_s": struct.unpack("<d", struct.pack("<Q", arrival_bits))[0],
+            "prompt_tokens": prompt, "max_tokens": most, "priority": priority - (priority >> 31 << 32),
+            "tenant": tenant, "no_cache_read": bool(flags & 1), "output_tokens": output if flags & 2 else None,
+            "request_id": name.decode("utf-8", "replace"),
+        })  # fmt: skip
+
+    def ext4(self, w: Words) -> None:  # RESET
+        self.event("reset", None, None, None)
+        self.holds = {}
+
+    def ext5(self, w: Words) -> None:  # EVICT
+        for block in w.words:
+            self.event("evict", None, block, self.holds.pop(block, None))
+
+    def ext6(self, w: Words) -> None:  # SKIP
+        for _ in range(w.one()):
+            if self.due:
+                self.due -= 1
+            elif self.without_output:
+                self.without_output.pop(0)
+
+    def whose(self, w: Words) -> tuple[int | None, int | None]:
+        request, group = w.many(2)
+        return request if request < len(self.requests) else None, group if group < 32768 else None
+
+    def ext8(self, w: Words) -> None:  # ALLOCX
+        request, group = self.whose(w)
+        for block in w.words[w.at :]:
+            if block in self.holds:
+                self.event("evict", request, block, self.holds.pop(block), group)
+            self.event("allocate", request, block, None, group)
+
+    def ext9(self, w: Words) -> None:  # HITX
+        request, group = self.whose(w)
+        for block in w.words[w.at :]:
+            self.event("hit", request, block, self.holds.get(block), group)
+
+    def ext10(self, w: Words) -> None:  # FILLX
+        request, group = self.whose(w)
+        while w:
+            block, value = w.one(), w.long()
+            self.holds[block] = self.names[value]
+            self.event("fill", request, block, self.names[value], group)
+
+    def ext11(self, w: Words) -> None:  # FREEX
+        request, group = self.whose(w)
+        for block in w.words[w.at :]:
+            self.event("free", request, block, self.holds.get(block), group)
+
+    def ext12(self, w: Words) -> None:  # IDS
+        for _ in range(len(w.words) // 2):
+            self.arrive({"prompt_tokens": 1, "output_tokens": 0, "arrival_step": 0})
+
+    def ext13(self, w: Words, kind: str = "store") -> None:  # STORE
+        request, _ = self.whose(w)
+        w.many(4)
+        for block in w.words[w.at :]:
+            self.event(kind, request, block, self.holds.get(block))
+
+    def ext14(self, w: Words) -> None:  # LOAD
+        self.ext13(w, "load")
+
+    def ext15(self, w: Words) -> None:  # LOST
+        number, tokens, blocks = w.many(3)
+        self.preempt(number, tokens, blocks)
+
+    def tables(self) -> dict[str, list[Row]]:
+        rows = []
+        for request in self.requests:
+            if request.row is not None:
+                rows.append({**request.row, "cached_tokens": request.cached, "preemptions": request.preemptions,
+                             "chain_granules": len(request.chain)})  # fmt: skip
+        return {
+            "requests": rows, "steps": self.steps, "step_requests": self.step_requests, "lookups": self.lookups,
+            "preemptions": self.preemptions, "block_events": self.events,
+        }  # fmt: skip
+
+
+def operations(body: bytes) -> Any:
+    """Yield `(op, operand, words)`; whatever the caller leaves of an operation's words is passed over."""
+    w = Words(body)
+    while w:
+        word = w.one()
+        end = w.at + length(w, word & 15, word >> 4)
+        yield word & 15, word >> 4, w
+        w.at = end
+
+
+def length(w: Words, op: int, operand: int) -> int:
+    """Words after the first of the operation whose first word was just taken."""
+    if op == 1:
+        return 10 + 3 * operand + 4 * w.words[w.at + 9]
+    if op == 3:
+        return 1 + 2 * w.words[w.at]
+    if op in (5, 7):
+        return operand
+    if op == 14:
+        flags, n, k = operand & 15, operand >> 4 & 0xFFF, operand >> 16
+        if flags & 8:
+            n, k = w.words[w.at], w.words[w.at + 1]
+        size = 1 + (2 if flags & 8 else 0) + (2 if flags & 1 else 0) + 3 * n
+        return size + ((k if flags & 2 else 1 + (k + 1) // 2) if k else 0)
+    if op == 15:
+        return operand >> 8
+    return {2: 0, 4: 2, 6: 0, 8: 2, 9: 1, 10: 1, 11: 2, 12: 2, 13: 0}[op]
+
+
+def owners_ahead(w: Words) -> list[int]:
+    """The owners that this call's OWNs and its SCHED name, in order. Does not move `w`."""
+    ahead = Words(b"")
+    ahead.words, ahead.at = w.words, w.at
+    owners: list[int] = []
+    while ahead:
+        word = ahead.one()
+        op, operand = word & 15, word >> 4
+        end = ahead.at + length(ahead, op, operand)
+        if op == 15 and operand & 255 == 3:
+            owners += ahead.many(operand >> 8)
+        elif op == 14:
+            flags, k = operand & 15, operand >> 16
+            if flags & 8:
+                k = ahead.words[ahead.at + 1]
+            if k and flags & 2:
+                owners += ahead.words[end - k : end]
+            elif k:
+                words = ahead.words[end - 1 - (k + 1) // 2 : end]
+                offsets = [half for word in words[1:] for half in (word & 0xFFFF, word >> 16)]
+                owners += [words[0] + offset for offset in offsets[:k]]
+            break
+        elif op == 13:
+            break
+        ahead.at = end
+    return owners
