@@ -1,11 +1,13 @@
 """What the tracer costs vLLM's scheduler, beside nothing and beside vLLM's own KV-event publisher.
 
-    python benchmarks/tracer_overhead.py [--repeats 5] [--loads decode256,...]
+    python benchmarks/tracer_overhead.py [--repeats 12] [--loads decode256,...]
 
-Several real schedulers with a made-up model run the same scripted load in one process, in lockstep: step k of each does
-the same work, and the order within a step rotates. Timed is `schedule` + `update_from_output`. Of each step the minimum
-over the repetitions counts, which drops what the machine does meanwhile; `control` is a second scheduler without a
-tracer and shows what is left of the noise. Needs the engine (`make test` installs it).
+A real scheduler with a made-up model runs a scripted load; every 32 steps it goes over to another of four conditions: off,
+traced, off again (the control: what is left of the noise) and vLLM's KV events published over ZMQ. Repetitions
+shift the conditions, so that each step is met in each; the load is the same each time, and of a step in a condition the
+minimum counts. Timed is `schedule` + `update_from_output`; the first step after a change is left out everywhere. (Two
+engines side by side differ by some per cent even if neither is traced: where objects lie in memory matters more.)
+Needs the engine (`make engine`).
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ import gc
 import os
 import random
 import shutil
-import statistics
 import sys
 import tempfile
 import time
@@ -36,23 +37,22 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def build(model: str, kind: str, load: dict[str, Any], folder: Path) -> Any:
-    """A scheduler of ``kind`` off, control, trace or kv-events, with the load queued."""
+CONDITIONS = ("off", "trace", "control", "kv-events")
+STRETCH = 32
+
+
+def build(model: str, load: dict[str, Any], folder: Path) -> Any:
+    """A traced scheduler that also can publish KV events, with the load queued."""
     from engine_support.stub import StubEngine
 
-    extra: dict[str, Any] = {}
-    if kind == "kv-events":
-        port = 20000 + random.randrange(20000)
-        extra["kv_events_config"] = {
-            "enable_kv_cache_events": True, "publisher": "zmq", "endpoint": f"tcp://127.0.0.1:{port}",
-        }  # fmt: skip
-    if kind == "trace":
-        os.environ["KVTRACE_OUT"] = str(folder)
+    port = 20000 + random.randrange(20000)
+    events = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": f"tcp://127.0.0.1:{port}"}
+    os.environ["KVTRACE_OUT"] = str(folder)
     stub = StubEngine(
         model, num_blocks=load["num_blocks"], block_size=16, max_num_seqs=load["seqs"],
-        max_num_batched_tokens=8192, max_model_len=2048, observe=False, **extra,
+        max_num_batched_tokens=8192, max_model_len=2048, observe=False, kv_events_config=events,
     )  # fmt: skip
-    os.environ.pop("KVTRACE_OUT", None)
+    del os.environ["KVTRACE_OUT"]
     rng = random.Random(5)
     shared = [[rng.randrange(3, 500) for _ in range(load["prompt"] // 2)] for _ in range(8)]
     for i in range(load["prompts"]):
@@ -62,41 +62,90 @@ def build(model: str, kind: str, load: dict[str, Any], folder: Path) -> Any:
     return stub
 
 
-def run_once(model: str, kinds: list[str], load: dict[str, Any], folder: Path) -> dict[str, list[int]]:
-    """Nanoseconds of each step, by kind."""
-    engines = {kind: build(model, kind, load, folder) for kind in kinds}
-    times: dict[str, list[int]] = {kind: [] for kind in kinds}
+class Switch:
+    """Puts the tracer's hooks on and off one scheduler while it runs.
+
+    The log misses what happens in between, which makes it no trace to keep; what the hooks do in a step is the same.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler, self.hooks = scheduler, scheduler._kvtrace
+        self.patches = list(self.hooks._patched)
+        self.on = True
+
+    def set(self, on: bool) -> None:
+        if on and not self.on:
+            self._catch_up()
+            for target, name, hook in self.patches:
+                setattr(target, name, hook)
+        elif self.on and not on:
+            for target, name, _ in self.patches:
+                delattr(target, name)
+        self.on = on
+
+    def _catch_up(self) -> None:
+        from kvtrace_tracer.state import OUTSIDE, Entry
+
+        state, manager = self.hooks.state, self.scheduler.kv_cache_manager
+        filled = manager.coordinator.single_type_managers[0].num_cached_block
+        requests = self.scheduler.requests
+        for rid in [rid for rid in state.entries if rid not in requests]:
+            del state.entries[rid]
+        for rid in requests:
+            entry = state.entries.setdefault(rid, Entry(state.requests))
+            state.requests = max(state.requests, entry.number + 1)
+            entry.filled = filled.get(rid, 0)
+            entry.chain = max(entry.chain, entry.filled)
+        for pending in (state.gone, state.looked, state.special, state.pending, state.steps):
+            pending.clear()
+        state.last, state.phase = {}, OUTSIDE
+
+
+def run_once(model: str, load: dict[str, Any], folder: Path, shift: int) -> list[tuple[str, int]]:
+    """Condition and nanoseconds of each step; "" for the condition of a step that does not count."""
+    stub = build(model, load, folder)
+    scheduler = stub.scheduler
+    pool, switch = scheduler.kv_cache_manager.block_pool, Switch(scheduler)
+    times: list[tuple[str, int]] = []
     clock = time.perf_counter_ns
     gc.collect()
     gc.freeze()
     gc.disable()
-    step = 0
-    while any(engine.scheduler.has_requests() for engine in engines.values()):
-        order = kinds[step % len(kinds) :] + kinds[: step % len(kinds)]
-        for kind in order:
-            engine = engines[kind]
-            begin = clock()
-            scheduled = engine.scheduler.schedule()
-            middle = clock()
-            output = engine._execute(scheduled)
-            resumed = clock()
-            engine.scheduler.update_from_output(scheduled, output)
-            times[kind].append(clock() - resumed + middle - begin)
-        step += 1
-        if step % 256 == 0:
-            gc.collect(0)
+    while scheduler.has_requests():
+        step = len(times)
+        condition = CONDITIONS[(step // STRETCH + shift) % len(CONDITIONS)]
+        if step % STRETCH == 0:
+            switch.set(condition == "trace")
+            pool.enable_kv_cache_events = condition == "kv-events"
+        begin = clock()
+        scheduled = scheduler.schedule()
+        middle = clock()
+        output = stub._execute(scheduled)
+        resumed = clock()
+        scheduler.update_from_output(scheduled, output)
+        times.append(("" if step % STRETCH == 0 else condition, clock() - resumed + middle - begin))
     gc.enable()
     gc.unfreeze()
-    for engine in engines.values():
-        engine.close()
+    stub.close()
     return times
+
+
+def whole_log(model: str, load: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """`info` of a trace of the whole load."""
+    from kvtrace_traces import open_trace
+
+    stub = build(model, load, folder)
+    stub.scheduler.kv_cache_manager.block_pool.enable_kv_cache_events = False
+    stub.run()
+    stub.close()
+    return open_trace(folder).info
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=12, help="a multiple of 4")
     parser.add_argument("--loads", default=",".join(SETTINGS))
     arguments = parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -108,36 +157,29 @@ def main() -> None:
 
     kvtrace_tracer.register()
     del os.environ["KVTRACE_OUT"]
-    kinds = ["off", "control", "trace", "kv-events"]
-    print(f"{'load':<11}{'steps':>7}{'off us/step':>13}{'control':>9}{'kvtrace':>9}{'kv events':>11}"
-          f"{'us/event':>10}{'B/event':>9}")  # fmt: skip
+    print(f"{'load':<11}{'steps':>6}{'off, us/step':>14}{'control':>10}{'kvtrace':>10}{'kv events':>11}"
+          f"{'B/event':>9}{'B/step':>8}")  # fmt: skip
     with tempfile.TemporaryDirectory() as place:
         model = str(tiny_llama(Path(place) / "model"))
         for name in arguments.loads.split(","):
-            best: dict[str, list[int]] = {}
+            load = SETTINGS[name]
+            best: dict[str, dict[int, int]] = {condition: {} for condition in CONDITIONS}
             for repeat in range(arguments.repeats):
                 folder = Path(place) / f"{name}-{repeat}"
-                rotated = kinds[repeat % 4 :] + kinds[: repeat % 4]
-                for kind, times in run_once(model, rotated, SETTINGS[name], folder).items():
-                    old = best.setdefault(kind, times)
-                    best[kind] = [min(a, b) for a, b in zip(old, times, strict=True)]
-                if repeat < arguments.repeats - 1:
-                    shutil.rmtree(folder)
-            from kvtrace_traces import open_trace
-
-            info = open_trace(folder).info
-            base = sum(best["off"])
-            rows = info["logged_events"]
+                for step, (condition, took) in enumerate(run_once(model, load, folder, repeat)):
+                    if condition:
+                        best[condition][step] = min(took, best[condition].get(step, took))
+                shutil.rmtree(folder)
+            steps = set.intersection(*(set(found) for found in best.values()))
+            total = {condition: sum(found[step] for step in steps) for condition, found in best.items()}
+            info = whole_log(model, load, Path(place) / name)
             print(
-                f"{name:<11}{len(best['off']):>7}{base / len(best['off']) / 1000:>13.1f}"
-                + "".join(
-                    f"{(sum(best[k]) / base - 1) * 100:>+{w}.2f}%"
-                    for k, w in (("control", 8), ("trace", 8), ("kv-events", 10))
-                )
-                + f"{(sum(best['trace']) - base) / rows / 1000:>10.2f}{info['bytes_per_block_event']:>9.2f}"
-                + f"   median step {statistics.median(best['off']) / 1000:.1f} -> {statistics.median(best['trace']) / 1000:.1f} us",
+                f"{name:<11}{len(steps):>6}{total['off'] / len(steps) / 1000:>14.1f}"
+                + "".join(f"{(total[c] / total['off'] - 1) * 100:>+{w}.2f}%" for c, w in
+                          (("control", 9), ("trace", 9), ("kv-events", 10)))
+                + f"{info['bytes_per_block_event']:>9.2f}{info['bytes'] / info['steps']:>8.0f}",
                 flush=True,
-            )
+            )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -96,7 +96,12 @@ def _get_new_blocks(hooks: Hooks, original: Any) -> Any:
         try:
             phase = state.phase
             if phase == RUNNING:
-                wait(blocks[0].block_id)
+                block = blocks[0].block_id
+                wait(block)
+                if num_blocks == 1:  # nearly all of decoding
+                    append(block << 4 | ALLOC)
+                    log.events += 1
+                    return blocks
             elif phase != ADMITTING:
                 hooks.inexact("unattributed-blocks")
                 log.ext("ALLOCX", NO_REQUEST, 0, *[b.block_id for b in blocks])
@@ -147,22 +152,18 @@ def _cache_full_blocks(hooks: Hooks, original: Any) -> Any:
     hash_block_size = getattr(hooks.manager.block_pool, "hash_block_size", None)
     granule = chain.granule
 
+    # Identities are then the engine's hashes, one a block.
+    plain = engine_chain and granule == hash_block_size == hooks.block_size
+
     def record(request: Any, num_cached_blocks: int, num_full_blocks: int, block_size: int) -> None:
+        entry = entries[request.request_id]
         count = num_full_blocks - num_cached_blocks
         if count <= 0:
             return
-        entry = entries[request.request_id]
         if entry.filled != num_cached_blocks:
             raise RuntimeError(f"block {num_cached_blocks} of a request cached after block {entry.filled}")
         entry.filled = num_full_blocks
         log.events += count
-        if count == 1 and engine_chain and granule == block_size and entry.chain == num_cached_blocks:
-            block_hash = request.block_hashes[num_cached_blocks]
-            if type(block_hash) is bytes and hash_block_size == granule:
-                append(entry.number << 4 | FILL1)
-                frombytes(keyed(block_hash))
-                entry.chain = num_full_blocks
-                return
         grow(entry, request, num_full_blocks * block_size // granule)
         append(entry.number << 4 | FILL)
         append(count)
@@ -187,9 +188,17 @@ def _cache_full_blocks(hooks: Hooks, original: Any) -> Any:
                 request, blocks, num_cached_blocks, num_full_blocks, block_size, kv_cache_group_id, block_mask
             )
             try:
-                if block_mask is not None:
+                entry = entries[request.request_id]
+                if plain and entry.chain == num_cached_blocks == num_full_blocks - 1 == entry.filled:
+                    # One more block of generated tokens: nearly all of decoding.
+                    append(entry.number << 4 | FILL1)
+                    frombytes(keyed(request.block_hashes[num_cached_blocks]))
+                    entry.chain = entry.filled = num_full_blocks
+                    log.events += 1
+                elif block_mask is None:
+                    record(request, num_cached_blocks, num_full_blocks, block_size)
+                else:
                     raise RuntimeError("only some of a request's blocks were cached")
-                record(request, num_cached_blocks, num_full_blocks, block_size)
             except Exception as error:
                 log.fail(error)
             return result

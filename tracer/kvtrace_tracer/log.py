@@ -45,20 +45,21 @@ class Log:
     def begin_frame(self) -> None:
         """The operations appended next start a frame. Only right after a commit."""
         self._flags = wire.KEY
-        self._since_key = 0
         self.key_due = False
 
     def commit(self) -> None:
         """Hand the operations so far to the kernel. Raises :class:`Stopped` when the log is full."""
-        body = self.words.tobytes()
+        words = self.words
+        body = words.tobytes()
         if not body:
             return
-        del self.words[:]
+        del words[:]
         self._writer.write(self._flags, body)
         self._committed_events = self.events
-        self._flags = 0
-        self._since_key += len(body)
-        if self._since_key > FRAME_BYTES:
+        if self._flags:
+            self._flags = 0
+            self._since_key = self._writer.total_bytes
+        elif self._writer.commits & 31 == 0 and self._writer.total_bytes - self._since_key > FRAME_BYTES:
             self.key_due = True
             self._writer.rotate()
 

@@ -17,6 +17,7 @@ from kvtrace_traces.schema import FINISH_REASONS, LOSS_REASONS, REQUEST_NO_READ
 from kvtrace_traces.segments import Segment, never_begun, open_segment
 
 RECOVERY = ("strict", "tail", "skip")
+MOST_ROWS = 1 << 31  # what memory takes; spans grow with the file, the steps in them do not
 __all__ = ["Chains", "Trace", "open_trace"]
 
 
@@ -181,8 +182,13 @@ class Trace:
 
     @cached_property
     def step_requests(self) -> pl.DataFrame:
-        """One row per step and request scheduled in it. Large: prefer ``step_spans`` where it will do."""
+        """One row per step and request scheduled in it. Large: prefer ``step_spans`` where it will do.
+
+        Raises :class:`KvtraceError` beyond 2^31 rows.
+        """
         spans = self.step_spans
+        if (rows := int(spans["steps"].cast(pl.Int64).sum())) > MOST_ROWS:
+            raise KvtraceError(f"step_requests would have {rows:,} rows, which is too many: use step_spans")
         return (
             spans.with_columns(nth=pl.int_ranges(0, pl.col("steps")))
             .explode("nth")

@@ -166,7 +166,7 @@ class LogWriter:
         if self.segment_bytes < self._segment_bytes or self._queue or self._next_window is None:
             return False
         first = self._head_bytes()
-        if wire.HEAD_BYTES + RESERVE_BYTES > self._room() or first + RESERVE_BYTES > self._window_bytes:
+        if self._room() < wire.HEAD_BYTES + RESERVE_BYTES or first + RESERVE_BYTES > self._window_bytes:
             return False
         if self._max_bytes is not None and self.total_bytes + wire.HEAD_BYTES + first + RESERVE_BYTES > self._max_bytes:
             return False  # the next commits will say so

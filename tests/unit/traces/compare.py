@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import slow_reader
+
 from kvtrace_traces import Trace, open_trace
 
 TABLES = ("requests", "steps", "step_requests", "lookups", "preemptions", "block_events")
