@@ -2,9 +2,8 @@
 
     python benchmarks/tracer_overhead.py [--repeats 12] [--loads decode256,...]
 
-A real scheduler with a made-up model runs a scripted load; every 32 steps it goes over to another of four conditions: off,
-traced, off again (the control: what is left of the noise) and vLLM's KV events published over ZMQ. Repetitions
-shift the conditions, so that each step is met in each; the load is the same each time, and of a step in a condition the
+A real scheduler with a made-up model runs a scripted load; every 32 steps it goes over to another of four conditions:
+off, traced, off again (the control: what is left of the noise) and vLLM's KV events published over ZMQ. Repetitions shift the conditions, so that each step is met in each; the load is the same each time, and of a step in a condition the
 minimum counts. Timed is `schedule` + `update_from_output`; the first step after a change is left out everywhere. (Two
 engines side by side differ by some per cent even if neither is traced: where objects lie in memory matters more.)
 Needs the engine (`make engine`).
@@ -27,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 SETTINGS: dict[str, dict[str, Any]] = {
     # Long generations of a full batch: what a busy server does most of the time.
-    "decode256": {"seqs": 256, "prompts": 256, "prompt": 64, "output": 400, "num_blocks": 12000},
+    "decode256": {"seqs": 256, "prompts": 256, "prompt": 64, "output": 1000, "num_blocks": 18000},
     "decode64": {"seqs": 64, "prompts": 64, "prompt": 64, "output": 400, "num_blocks": 4000},
     "decode8": {"seqs": 8, "prompts": 8, "prompt": 64, "output": 400, "num_blocks": 2000},
     # Requests come and go, with shared prefixes: lookups, hits, fills and frees all the time.
@@ -131,20 +130,20 @@ def run_once(model: str, load: dict[str, Any], folder: Path, shift: int) -> list
 
 
 def whole_log(model: str, load: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """`info` of a trace of the whole load."""
-    from kvtrace_traces import open_trace
+    """`info` of a trace of the whole load, with the size of its block events and identities as Parquet."""
+    from kvtrace_traces import exporters, open_trace
 
     stub = build(model, load, folder)
     stub.scheduler.kv_cache_manager.block_pool.enable_kv_cache_events = False
     stub.run()
     stub.close()
-    return open_trace(folder).info
+    trace = open_trace(folder)
+    exported = exporters.run("parquet", trace, folder / "parquet")
+    return {**trace.info, "parquet": exported["bytes_per_block_event"]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=12, help="a multiple of 4")
     parser.add_argument("--loads", default=",".join(SETTINGS))
     arguments = parser.parse_args()
@@ -158,7 +157,7 @@ def main() -> None:
     kvtrace_tracer.register()
     del os.environ["KVTRACE_OUT"]
     print(f"{'load':<11}{'steps':>6}{'off, us/step':>14}{'control':>10}{'kvtrace':>10}{'kv events':>11}"
-          f"{'B/event':>9}{'B/step':>8}")  # fmt: skip
+          f"{'B/event':>9}{'parquet':>9}{'B/step':>8}")  # fmt: skip
     with tempfile.TemporaryDirectory() as place:
         model = str(tiny_llama(Path(place) / "model"))
         for name in arguments.loads.split(","):
@@ -177,7 +176,7 @@ def main() -> None:
                 f"{name:<11}{len(steps):>6}{total['off'] / len(steps) / 1000:>14.1f}"
                 + "".join(f"{(total[c] / total['off'] - 1) * 100:>+{w}.2f}%" for c, w in
                           (("control", 9), ("trace", 9), ("kv-events", 10)))
-                + f"{info['bytes_per_block_event']:>9.2f}{info['bytes'] / info['steps']:>8.0f}",
+                + f"{info['bytes_per_block_event']:>9.2f}{info['parquet']:>9.2f}{info['bytes'] / info['steps']:>8.0f}",
                 flush=True,
             )  # fmt: skip
 

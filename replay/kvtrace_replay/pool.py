@@ -11,10 +11,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
+
 from kvtrace_traces.compile import njit
 from kvtrace_traces.errors import KvtraceError
 from kvtrace_traces.schema import BLOCK_EVENT_KINDS
-from numpy.typing import NDArray
 
 ALLOCATE, HIT, FILL, FREE, EVICT, RESET, STORE, LOAD = range(len(BLOCK_EVENT_KINDS))
 
@@ -34,8 +35,8 @@ CHECKS = (
 class PoolState(NamedTuple):
     """A block pool at one moment.
 
-    ``references`` int32[blocks]; ``identities`` int32[blocks], -1 for none; ``free`` int32, the free queue from its front;
-    ``tables``: request number -> its blocks in order. The null block (0) is never in ``free``.
+    ``references`` int32[blocks]; ``identities`` int32[blocks], -1 for none; ``free`` int32, the free queue from its
+    front; ``tables``: request number -> its blocks in order. The null block (0) is never in ``free``.
     """
 
     references: NDArray[np.int32]
@@ -72,7 +73,9 @@ def follow(trace: Any, engine_index: int | None = None, upto: int | None = None,
     ``at``: int64, ascending rows at which to note the length of the free queue. Raises :class:`KvtraceError` for a
     trace without block events of a single pool (imports).
     """
-    header = trace.header if engine_index is None else next(e for e in trace.engines if e["engine_index"] == engine_index)
+    header = (
+        trace.header if engine_index is None else next(e for e in trace.engines if e["engine_index"] == engine_index)
+    )
     if header.get("source") == "import":
         raise KvtraceError("an imported trace has no block events: there is no pool to rebuild")
     index = int(header["engine_index"])

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from kvtrace_traces.errors import KvtraceError
 
 from kvtrace_replay import pool
+from kvtrace_traces.errors import KvtraceError
 
 
 def verify(trace: Any, allow_lossy: bool = False) -> dict[str, Any]:
@@ -159,7 +159,11 @@ def _pool(trace: Any, header: dict[str, Any], events: pl.DataFrame, mine: Any) -
     }
     unknown = pool.uncached_first(header) is None
     for i, (name, rule) in enumerate(pool.CHECKS):
-        skip = "the order of this engine version's free queue is not known" if unknown and name == "free queue order" else None
+        skip = (
+            "the order of this engine version's free queue is not known"
+            if unknown and name == "free queue order"
+            else None
+        )
         row = int(followed.first[i])
         where = None
         if row >= 0:

@@ -1,4 +1,4 @@
-"""A user's offline script: `python offline.py MODEL --requests N [--status S]` runs `LLM.generate` and prints the tokens.
+"""A user's offline script: `python offline.py MODEL --requests N [--status S]` runs `LLM.generate`, prints the tokens.
 
 Run as a program by the tests, with and without `kvtrace record` in front. `--announce FILE` touches FILE when the first
 requests are under way, so that a test can send its signal then.

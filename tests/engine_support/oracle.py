@@ -12,7 +12,6 @@ from typing import Any
 
 from .observe import pool_state
 
-
 State = tuple[int, dict[str, Any], dict[str, int]]
 
 
@@ -44,7 +43,7 @@ class Snapshots:
 
 
 def compare(folder: Path, result: dict[str, Any], states: list[State], caching: bool = True) -> list[str]:
-    """The differences between the trace in `folder` and the engine's `result` (Engine.result) and `states` (Snapshots)."""
+    """The differences between the trace in `folder` and the engine's `result` (Engine.result), `states` (Snapshots)."""
     from kvtrace_replay.verify import verify
     from kvtrace_traces import open_trace
 
@@ -63,13 +62,12 @@ def compare(folder: Path, result: dict[str, Any], states: list[State], caching: 
 
 def _pools(trace: Any, states: list[State]) -> list[str]:
     import numpy as np
+
     from kvtrace_replay import pool
 
     times, starts = trace.block_events["time_ns"].to_numpy(), trace.steps["start_ns"].to_numpy()
     hashes = trace.chains().hashes
-    meaning: dict[
-        bytes, int
-    ] = {}  # the engine's hash -> our 64-bit identity; must be one to one over the whole run
+    meaning: dict[bytes, int] = {}  # the engine's hash -> our 64-bit identity; must be one to one over the whole run
     wrong = []
     for step, state, numbers in states:
         upto = len(times) if step < 0 else int(np.searchsorted(times, starts[step], side="right"))
@@ -139,10 +137,7 @@ def _requests(trace: Any, result: dict[str, Any]) -> list[str]:
         for key, value in pairs.items():
             if ours[key] != value:
                 wrong.append(f"request {ours['request']}: {key} {ours[key]}, engine {value}")
-    lost = [
-        (row["request"], row["blocks_lost"], row["tokens_lost"])
-        for row in trace.preemptions.iter_rows(named=True)
-    ]
+    lost = [(row["request"], row["blocks_lost"], row["tokens_lost"]) for row in trace.preemptions.iter_rows(named=True)]
     if lost != [(row["request"], row["blocks"], row["computed"]) for row in result["preemptions"]]:
         wrong.append("preemptions differ")
     return wrong[:5]
@@ -151,12 +146,9 @@ def _requests(trace: Any, result: dict[str, Any]) -> list[str]:
 def _lookups(trace: Any, result: dict[str, Any], caching: bool) -> list[str]:
     rows = trace.lookups
     mine = [
-        (r["request"], r["tokens_asked"], r["tokens_hit"], r["after_preemption"])
-        for r in rows.iter_rows(named=True)
+        (r["request"], r["tokens_asked"], r["tokens_hit"], r["after_preemption"]) for r in rows.iter_rows(named=True)
     ]
-    engine = [
-        (r["request"], r["tokens_asked"], r["tokens_hit"], r["after_preemption"]) for r in result["lookups"]
-    ]
+    engine = [(r["request"], r["tokens_asked"], r["tokens_hit"], r["after_preemption"]) for r in result["lookups"]]
     if not caching:
         return [] if not mine else ["lookups without prefix caching"]
     wrong = [] if mine == engine else ["lookups differ"]

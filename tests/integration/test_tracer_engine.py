@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from engine_support import scenarios
 from engine_support.worker import Worker
 
@@ -27,10 +28,12 @@ happened: Counter[str] = Counter()
 
 
 @pytest.mark.parametrize("batch", range(BATCHES))
-def test_random_runs_of_the_real_scheduler(batch: int, engine_worker: Worker, tiny_model: Path, tmp_path: Path) -> None:
-    """Random settings and workloads, synchronous and asynchronous: the rebuilt pool is the engine's, at random steps."""
+def test_random_runs_of_the_scheduler(batch: int, engine_worker: Worker, tiny_model: Path, tmp_path: Path) -> None:
+    """Random settings and workloads, sync and async: the rebuilt pool is the engine's, at random steps."""
     for seed in range(batch * SEEDS_A_BATCH, (batch + 1) * SEEDS_A_BATCH):
-        found = engine_worker.call(scenarios.random_stub, folder=str(tmp_path / str(seed)), model=str(tiny_model), seed=seed)
+        found = engine_worker.call(
+            scenarios.random_stub, folder=str(tmp_path / str(seed)), model=str(tiny_model), seed=seed
+        )
         assert found["wrong"] == [], f"seed {seed}: {found['wrong']}"
         assert found["inexact"] == []
         happened.update({key: value for key, value in found.items() if isinstance(value, int)})
@@ -62,7 +65,9 @@ SMALL = {"num_blocks": 40, "max_model_len": 1024, "max_num_batched_tokens": 256,
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(str(v) for k, v in value.items() if k not in SMALL),
 )
-def test_real_engine(kind: str, settings: dict[str, Any], live_worker: Worker, weighted_model: Path, tmp_path: Path) -> None:
+def test_real_engine(
+    kind: str, settings: dict[str, Any], live_worker: Worker, weighted_model: Path, tmp_path: Path
+) -> None:
     """The whole engine with a model whose outputs depend on its KV cache; the same tokens without the tracer."""
     folder = tmp_path / "trace"
     traced = live_worker.call(

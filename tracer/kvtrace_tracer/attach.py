@@ -9,12 +9,11 @@ import re
 import weakref
 from typing import Any
 
-from kvtrace_traces.writer import LogWriter
-
 from kvtrace_tracer import header as headers
 from kvtrace_tracer.identity import EngineChain, OwnChain, keyed_hash
 from kvtrace_tracer.log import Log
 from kvtrace_tracer.settings import Settings
+from kvtrace_traces.writer import LogWriter
 
 _logger = logging.getLogger("vllm.kvtrace")
 
@@ -52,7 +51,7 @@ def attach(scheduler: Any, settings: Settings) -> Log:
     except BaseException as error:
         log.fail(error)
         raise
-    _logger.info("kvtrace: recording to %s (granule %d tokens)", writer.path, granule)
+    _logger.debug("kvtrace: recording to %s (granule %d tokens)", writer.path, granule)
     return log
 
 

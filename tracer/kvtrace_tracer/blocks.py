@@ -9,10 +9,9 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from kvtrace_traces.schema import NO_REQUEST, OPS
-
 from kvtrace_tracer.identity import EngineChain
 from kvtrace_tracer.state import ADMITTING, RUNNING
+from kvtrace_traces.schema import NO_REQUEST, OPS
 
 if TYPE_CHECKING:
     from kvtrace_tracer.hooks import Hooks
@@ -147,7 +146,7 @@ def _touch(hooks: Hooks, original: Any) -> Any:
 
 def _cache_full_blocks(hooks: Hooks, original: Any) -> Any:
     log, chain, entries, grow = hooks.log, hooks.chain, hooks.state.entries, hooks.grow
-    words, append, frombytes = log.words, log.words.append, log.words.frombytes
+    append, frombytes = log.words.append, log.words.frombytes
     keyed, engine_chain = hooks.keyed, isinstance(chain, EngineChain)
     hash_block_size = getattr(hooks.manager.block_pool, "hash_block_size", None)
     granule = chain.granule
@@ -209,9 +208,7 @@ def _cache_full_blocks(hooks: Hooks, original: Any) -> Any:
         request: Any, blocks: Any, num_cached_blocks: int, num_full_blocks: int, block_size: int,
         kv_cache_group_id: int, **more: Any,
     ) -> Any:  # fmt: skip
-        result = original(
-            request, blocks, num_cached_blocks, num_full_blocks, block_size, kv_cache_group_id, **more
-        )
+        result = original(request, blocks, num_cached_blocks, num_full_blocks, block_size, kv_cache_group_id, **more)
         try:
             masked(blocks, num_cached_blocks, num_full_blocks)
             record(request, num_cached_blocks, num_full_blocks, block_size)

@@ -1,7 +1,7 @@
 """Block-level hooks for engines whose block tables the tracer does not follow: every operation names its blocks.
 
-Such traces are marked inexact in the header (hybrid groups, windows, connectors...): what is logged did happen, with the
-request being served at the time, but who owns which block at every moment is not promised.
+Such traces are marked inexact in the header (hybrid groups, windows, connectors...): what is logged did happen, with
+the request being served at the time, but who owns which block at every moment is not promised.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from kvtrace_traces.schema import NO_REQUEST
-
 from kvtrace_tracer.blocks import install_rare
+from kvtrace_traces.schema import NO_REQUEST
 
 if TYPE_CHECKING:
     from kvtrace_tracer.hooks import Hooks

@@ -6,7 +6,7 @@ import os
 import secrets
 import sys
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 from kvtrace_traces import wire
@@ -32,7 +32,7 @@ def describe(scheduler: Any, granule: int) -> dict[str, Any]:
         "engine_version": version,
         "engine_index": _engine_index(parallel),
         "run_id": secrets.token_hex(8),
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "clock_monotonic_ns": time.monotonic_ns(),
         "clock_wall_ns": time.time_ns(),
         "host": wire.host_id(),

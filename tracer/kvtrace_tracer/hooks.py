@@ -17,6 +17,10 @@ from functools import partial
 from itertools import compress
 from typing import Any
 
+from kvtrace_tracer import header as headers
+from kvtrace_tracer.identity import EngineChain, OwnChain, tenant
+from kvtrace_tracer.log import Log
+from kvtrace_tracer.state import ADMITTING, OUTSIDE, RUNNING, UPDATING, Entry, State
 from kvtrace_traces.schema import (
     EXT_OPS,
     FINISH_REASONS,
@@ -29,11 +33,6 @@ from kvtrace_traces.schema import (
     SCHED_FULL,
     SCHED_WIDE,
 )
-
-from kvtrace_tracer import header as headers
-from kvtrace_tracer.identity import EngineChain, OwnChain, tenant
-from kvtrace_tracer.log import Log
-from kvtrace_tracer.state import ADMITTING, OUTSIDE, RUNNING, UPDATING, Entry, State
 
 BEGIN, SCHED, OUTPUT = OPS["BEGIN"].code, OPS["SCHED"].code, OPS["OUTPUT"].code
 LOOKUP, FINISH, CHAIN, KEY = OPS["LOOKUP"].code, OPS["FINISH"].code, OPS["CHAIN"].code, OPS["KEY"].code
@@ -130,7 +129,7 @@ class Hooks:
         words.append(len(state.last) << 4 | KEY)
         now = state.time
         words.extend((now & 0xFFFFFFFF, now >> 32, state.step, state.requests, events & 0xFFFFFFFF, events >> 32))
-        held = []
+        held: list[int] = []
         tables = self.tables or {}
         for rid, entry in state.entries.items():
             blocks = len(tables.get(rid, ()))
@@ -138,8 +137,8 @@ class Hooks:
                 held += (entry.number, blocks, entry.filled, entry.chain)
         words.extend((state.running, state.waiting, len(state.steps), len(held) // 4))
         for rid, tokens in state.last.items():
-            entry, request = state.entries.get(rid), requests.get(rid)
-            number = NO_REQUEST if entry is None else entry.number
+            known, request = state.entries.get(rid), requests.get(rid)
+            number = NO_REQUEST if known is None else known.number
             words.extend((number, tokens, max(0, request.num_computed_tokens - tokens) if request else 0))
         words.extend(held)
 
@@ -336,7 +335,7 @@ class Hooks:
         state.gone.append(request.request_id)
 
     def _skip(self, output: Any, now: int) -> None:
-        """An output out of turn: the steps before it will get none. (One of a call that scheduled nothing is no step.)"""
+        """An output out of turn: the steps before it will get none. (A call that scheduled nothing is no step.)"""
         steps = self.state.steps
         skipped = next((i for i, step in enumerate(steps) if step is output), None)
         if skipped is not None:
@@ -357,9 +356,7 @@ class Hooks:
         state.phase = OUTSIDE
         state.admitted = None
 
-    def _end_call(
-        self, flags: int, named: Sequence[str], owners: Sequence[int], scheduled: dict[str, int]
-    ) -> None:
+    def _end_call(self, flags: int, named: Sequence[str], owners: Sequence[int], scheduled: dict[str, int]) -> None:
         """Append SCHED; see the schema."""
         state, words = self.state, self.log.words
         count, owned = len(named), len(owners)
@@ -417,8 +414,7 @@ class Hooks:
         # Each request that runs on asks once. Where some came or went in the call, or an engine lists requests without
         # new blocks, the blocks decide.
         if len(ids) == len(pending) and (
-            not (state.gone or state.looked)
-            or [groups[0][0] for groups in compress(new, new) if groups[0]] == pending
+            not (state.gone or state.looked) or [groups[0][0] for groups in compress(new, new) if groups[0]] == pending
         ):
             owners = [entries[rid].number for rid in ids]
         else:
@@ -450,7 +446,7 @@ def _lookup_predicate(manager: Any) -> Callable[[Any], bool]:
     """Whether a lookup of a request reads the prefix cache, which is when vLLM counts it."""
     own = getattr(manager, "prefix_cache_lookup_enabled", None)
     if own is not None:
-        return own  # type: ignore[no-any-return]
+        return own
     if not manager.enable_caching:
         return lambda request: False
 

@@ -7,7 +7,6 @@ import os
 import time
 from array import array
 from collections.abc import Callable
-from typing import Any
 
 from kvtrace_traces import wire
 from kvtrace_traces.schema import EXT_OPS, LOSS_REASONS

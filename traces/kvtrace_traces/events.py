@@ -56,6 +56,7 @@ def play(
     special = np.empty(total, np.int32)
     owners = np.empty(max_owners + 1, np.uint32)
     holds = np.zeros(num_blocks, np.int64)
+    events, times, kinds, groups = out.events, out.times, out.kinds, out.groups
     resumed = True  # the first frame sets the state, as one after a gap does
     for c in range(len(starts)):
         if gaps[c] or not use[c]:
@@ -79,9 +80,9 @@ def play(
                     block = operand if op == ALLOC else np.int64(words[at + 1 + i])
                     old = held(holds, state[C_EPOCH], block)
                     if old >= 0:
-                        event(state, out, EVICTED, request, block, old, 0)
+                        event(state, events, times, kinds, groups, EVICTED, request, block, old, 0)
                         holds[block] = 0
-                    event(state, out, ALLOCATED, request, block, -1, 0)
+                    event(state, events, times, kinds, groups, ALLOCATED, request, block, -1, 0)
                     if follow:
                         add_block(state, per, nodes, request, block)
             elif op == HIT:
@@ -94,17 +95,17 @@ def play(
                         if identity >= 0:
                             holds[block] = state[C_EPOCH] << 32 | (identity + 1)
                         add_block(state, per, nodes, context, block)
-                    event(state, out, HITS, context, block, identity, 0)
+                    event(state, events, times, kinds, groups, HITS, context, block, identity, 0)
                 if context >= 0:
                     per[Q_FILL, context] = 0
                     per[Q_FILLED, context] = operand
             elif op == FILL1 or op == FILL:
-                _fill(words, at, state, per, nodes, holds, indptr, chains, per_block, out)
+                _fill(words, at, state, per, nodes, holds, indptr, chains, per_block, events, times, kinds, groups)
             elif op == FREE or op == PREEMPT:
                 many = np.int64(words[at + 1]) if op == FREE else np.int64(words[at + 2])
                 if op == PREEMPT:
                     preempt(state, per, members, out, operand, np.int64(words[at + 1]), many)
-                _free(state, per, nodes, holds, operand, many, out)
+                _free(state, per, nodes, holds, operand, many, events, times, kinds, groups)
             elif op == LOOKUP:
                 state[C_CONTEXT] = operand
                 # Whoever is admitted has no blocks yet: from here on its table is known from the start.
@@ -147,7 +148,7 @@ def play(
 
 
 @njit
-def _fill(words, at, state, per, nodes, holds, indptr, chains, per_block, out):
+def _fill(words, at, state, per, nodes, holds, indptr, chains, per_block, events, times, kinds, groups):
     op, r = words[at] & np.uint32(15), np.int64(words[at] >> np.uint32(4))
     many = np.int64(1) if op == FILL1 else np.int64(words[at + 1])
     for done in range(many):
@@ -161,17 +162,17 @@ def _fill(words, at, state, per, nodes, holds, indptr, chains, per_block, out):
         per[Q_FILL, r] = nodes[NODE_NEXT, node]
         if identity >= 0:
             holds[block] = state[C_EPOCH] << 32 | (identity + 1)
-        event(state, out, FILLED, r, block, identity, 0)
+        event(state, events, times, kinds, groups, FILLED, r, block, identity, 0)
 
 
 @njit
-def _free(state, per, nodes, holds, r, many, out):
+def _free(state, per, nodes, holds, r, many, events, times, kinds, groups):
     """Request ``r`` gives up its blocks, ``many`` as the log has it, last first."""
     node = per[Q_TAIL, r] if per[Q_KNOWN, r] == state[C_WHOLE] else np.int32(0)
     rows = 0
     while node > 0:
         block = np.int64(nodes[NODE_BLOCK, node])
-        event(state, out, FREED, r, block, held(holds, state[C_EPOCH], block), 0)
+        event(state, events, times, kinds, groups, FREED, r, block, held(holds, state[C_EPOCH], block), 0)
         node = nodes[NODE_PREVIOUS, node]
         rows += 1
     state[C_LOST] += abs(many - rows)

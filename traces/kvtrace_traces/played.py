@@ -97,16 +97,16 @@ def preempt(state, per, members, out, r, tokens, blocks):
 
 
 @njit
-def event(state, out, kind, request, block, identity, group):
-    """Write the row of a block event."""
+def event(state, events, times, kinds, groups, kind, request, block, identity, group):
+    """Write the row of a block event. (Four arrays, not the tuple of all: to take one out of it costs a reference.)"""
     n = state[C_EVENTS]
-    out.events[E_STEP, n] = now_step(state)
-    out.events[E_REQUEST, n] = request
-    out.events[E_BLOCK, n] = block
-    out.events[E_IDENTITY, n] = identity
-    out.times[n] = state[C_TIME]
-    out.kinds[n] = kind
-    out.groups[n] = group
+    events[E_STEP, n] = now_step(state)
+    events[E_REQUEST, n] = request
+    events[E_BLOCK, n] = block
+    events[E_IDENTITY, n] = identity
+    times[n] = state[C_TIME]
+    kinds[n] = kind
+    groups[n] = group
     state[C_EVENTS] = n + 1
 
 

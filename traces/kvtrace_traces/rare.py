@@ -56,6 +56,7 @@ def extended(words, at, n, state, per, members, holds, explicit_ids, out):
     """EXT: the operation of ``n`` words at ``at``. An unknown code is of a newer minor version and is passed over."""
     code = np.int64(words[at] >> np.uint32(4)) & 255
     size = n - 1
+    events, times, kinds, groups = out.events, out.times, out.kinds, out.groups
     if code == X_TIME:
         state[C_TIME] = time_of(words, at + 1)
     elif code == X_REQ:
@@ -68,12 +69,12 @@ def extended(words, at, n, state, per, members, holds, explicit_ids, out):
             out.requests32[R_OUTPUT, r] = 0
         state[C_REQUESTS] = first + size // 2
     elif code == X_RESET:
-        event(state, out, RESET, -1, -1, -1, 0)
+        event(state, events, times, kinds, groups, RESET, -1, -1, -1, 0)
         state[C_EPOCH] += 1
     elif code == X_EVICT:
         for i in range(at + 1, at + n):
             block = np.int64(words[i])
-            event(state, out, EVICTED, -1, block, held(holds, state[C_EPOCH], block), 0)
+            event(state, events, times, kinds, groups, EVICTED, -1, block, held(holds, state[C_EPOCH], block), 0)
             holds[block] = 0
     elif code == X_SKIP:
         skipped = np.int64(words[at + 1])
@@ -91,7 +92,7 @@ def extended(words, at, n, state, per, members, holds, explicit_ids, out):
             identity = np.int64(explicit_ids[state[C_EXPLICIT_AT]])
             state[C_EXPLICIT_AT] += 1
             holds[block] = state[C_EPOCH] << 32 | (identity + 1)
-            event(state, out, FILLED, r, block, identity, group)
+            event(state, events, times, kinds, groups, FILLED, r, block, identity, group)
 
 
 @njit
@@ -104,6 +105,7 @@ def _whose(words, at, state):
 
 @njit
 def _named(words, at, n, code, state, holds, out):
+    events, times, kinds, groups = out.events, out.times, out.kinds, out.groups
     kind, fixed = FREED, 2
     if code == X_ALLOC:
         kind = ALLOCATED
@@ -121,10 +123,10 @@ def _named(words, at, n, code, state, holds, out):
         old = held(holds, state[C_EPOCH], block)
         if code == X_ALLOC:
             if old >= 0:
-                event(state, out, EVICTED, r, block, old, group)
+                event(state, events, times, kinds, groups, EVICTED, r, block, old, group)
             holds[block] = 0
             old = np.int64(-1)
-        event(state, out, kind, r, block, old, group)
+        event(state, events, times, kinds, groups, kind, r, block, old, group)
 
 
 @njit

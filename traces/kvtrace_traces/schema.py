@@ -187,7 +187,13 @@ TABLES: dict[str, Table] = {
                 Column("time_ns", "i64", "ns", "begin of the scheduler call or arrival of the output it belongs to"),
                 Column("request", "i32", "request", "the request that caused it", True),
                 Column("kind", "enum:block_event", "", "what happened"),
-                Column("block", "i32", "block", "the block's number in the engine; null for reset, which concerns all", True),
+                Column(
+                    "block",
+                    "i32",
+                    "block",
+                    "the block's number in the engine; null for reset, which concerns all",
+                    True,
+                ),
                 Column("identity", "i32", "identity", "what the block holds (fill, hit) or held (free, evict)", True),
                 Column("group", "i16", "index", "KV cache group", True),
             ),
@@ -210,13 +216,23 @@ TABLES: dict[str, Table] = {
 OPS: dict[str, Op] = {
     o.name: o
     for o in (
-        Op("KEY", 1, "n scheduled", "time u64, step, requests, events u64, running, waiting, outputs due, m, "
-           "*n (request, tokens, computed), *m (request, blocks, filled, chain)",
-           "starts a frame: all that later operations are relative to"),
+        Op(
+            "KEY",
+            1,
+            "n scheduled",
+            "time u64, step, requests, events u64, running, waiting, outputs due, m, "
+            "*n (request, tokens, computed), *m (request, blocks, filled, chain)",
+            "starts a frame: all that later operations are relative to",
+        ),
         Op("OUTPUT", 2, "ns since the last time", "", "the output of the oldest step without one arrived"),
         Op("CHAIN", 3, "request", "n, *n identity u64", "the request's chain grows by n identities"),
-        Op("LOOKUP", 4, "request", "tokens asked, tokens hit + 1 or 0", "prefix-cache lookup; what follows is this "
-           "request's until the next LOOKUP or SCHED. 0: no lookup was made"),
+        Op(
+            "LOOKUP",
+            4,
+            "request",
+            "tokens asked, tokens hit + 1 or 0",
+            "prefix-cache lookup; what follows is this request's until the next LOOKUP or SCHED. 0: no lookup was made",
+        ),
         Op("HIT", 5, "n", "*n block", "the looked-up request takes a reference to n cached blocks"),
         Op("ALLOC", 6, "block", "", "one block is handed out: to the request looked up, or to SCHED's next owner"),
         Op("ALLOCN", 7, "n", "*n block", "n blocks are handed out to one owner, as ALLOC"),
@@ -226,10 +242,14 @@ OPS: dict[str, Op] = {
         Op("PREEMPT", 11, "request", "tokens computed, n", "it is preempted and gives up its n blocks, last first"),
         Op("FINISH", 12, "request", "reason, output tokens", "it ended; index into FINISH_REASONS"),
         Op("BEGIN", 13, "ns since the last time", "", "a scheduler call begins"),
-        Op("SCHED", 14, "flags + 16 * n + 65536 * k", "(n, k), free blocks, (running, waiting), "
-           "*n (request, tokens, computed), (*k owner)",
-           "the scheduler call ends. The scheduled set is the last one without finished and preempted requests, "
-           "each with one token, changed by the n entries"),
+        Op(
+            "SCHED",
+            14,
+            "flags + 16 * n + 65536 * k",
+            "(n, k), free blocks, (running, waiting), *n (request, tokens, computed), (*k owner)",
+            "the scheduler call ends. The scheduled set is the last one without finished and preempted requests, "
+            "each with one token, changed by the n entries",
+        ),
         Op("EXT", 15, "code + 256 * words", "see EXT_OPS", "one of the rarer operations"),
     )
 }
@@ -243,8 +263,14 @@ EXT_OPS: dict[str, Op] = {
     o.name: o
     for o in (
         Op("TIME", 1, "", "time u64", "sets the time"),
-        Op("REQ", 2, "", "time u64, arrival f64, prompt tokens, max tokens, priority, flags, tenant u64, "
-           "output tokens, id bytes, *id", "a request arrives; it gets the next number"),
+        Op(
+            "REQ",
+            2,
+            "",
+            "time u64, arrival f64, prompt tokens, max tokens, priority, flags, tenant u64, "
+            "output tokens, id bytes, *id",
+            "a request arrives; it gets the next number",
+        ),
         Op("OWN", 3, "", "*owner", "owners of the allocations so far in this call, for what follows at once"),
         Op("RESET", 4, "", "", "every block's identity is forgotten"),
         Op("EVICT", 5, "", "*block", "the identities of these blocks are forgotten"),

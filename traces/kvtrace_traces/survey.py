@@ -18,9 +18,7 @@ KEY, OUTPUT, CHAIN, LOOKUP, HIT = (OPS[n].code for n in ("KEY", "OUTPUT", "CHAIN
 ALLOC, ALLOCN, FILL1, FILL = (OPS[n].code for n in ("ALLOC", "ALLOCN", "FILL1", "FILL"))
 FREE, PREEMPT, FINISH, BEGIN, SCHED = (OPS[n].code for n in ("FREE", "PREEMPT", "FINISH", "BEGIN", "SCHED"))
 X_TIME, X_REQ, X_OWN, X_RESET, X_EVICT = (EXT_OPS[n].code for n in ("TIME", "REQ", "OWN", "RESET", "EVICT"))
-X_SKIP, X_INEXACT, X_ALLOC, X_HIT, X_FILL = (
-    EXT_OPS[n].code for n in ("SKIP", "INEXACT", "ALLOCX", "HITX", "FILLX")
-)
+X_SKIP, X_INEXACT, X_ALLOC, X_HIT, X_FILL = (EXT_OPS[n].code for n in ("SKIP", "INEXACT", "ALLOCX", "HITX", "FILLX"))
 X_FREE, X_IDS, X_STORE, X_LOAD, X_LOST = (EXT_OPS[n].code for n in ("FREEX", "IDS", "STORE", "LOAD", "LOST"))
 REQ_WORDS = 12  # fixed part of EXT REQ
 KEY_WORDS = 10  # fixed part of KEY; the last says how many HELD entries there are

@@ -363,9 +363,7 @@ def _json(content: dict[str, Any]) -> bytes:
     return text + b" " * (-len(text) % 4)
 
 
-def write_file(
-    path: str, header: dict[str, Any], bodies: Callable[[], Any], end: Callable[[], dict[str, Any]]
-) -> int:
+def write_file(path: str, header: dict[str, Any], bodies: Callable[[], Any], end: Callable[[], dict[str, Any]]) -> int:
     """Write a whole log at once (an import, a simulated run): no mapping, no thread.
 
     ``bodies()`` yields ``(flags, body)`` of OPS commits; ``end()`` is asked last. Returns the bytes written. The file

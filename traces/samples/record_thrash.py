@@ -34,7 +34,8 @@ def converse(model: str) -> None:
     from vllm import LLM, SamplingParams
 
     llm = LLM(
-        model=model, served_model_name="tiny-llama", load_format="dummy", skip_tokenizer_init=True, enforce_eager=True, seed=0, block_size=32,
+        model=model, served_model_name="tiny-llama", load_format="dummy", skip_tokenizer_init=True,
+        enforce_eager=True, seed=0, block_size=32,
         num_gpu_blocks_override=200, max_model_len=2048, max_num_seqs=32, max_num_batched_tokens=1024,
     )  # fmt: skip
     rng = random.Random(11)

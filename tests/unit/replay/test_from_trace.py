@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 
 from kvtrace_replay import from_trace, replay_requests
-from kvtrace_traces.errors import KvtraceError, UsageError
+from kvtrace_traces.errors import UsageError
 
 
 def fake_trace(
@@ -165,9 +165,7 @@ def test_an_import_at_a_coarser_size_keeps_the_partial_block() -> None:
 
 
 def test_content_ids() -> None:
-    trace = fake_trace(
-        [[0, 1, 2], [3, 4, 5]], prompt=[12, 12], source="import", raw=[0, 1, 2, 0, 2, 2]
-    )
+    trace = fake_trace([[0, 1, 2], [3, 4, 5]], prompt=[12, 12], source="import", raw=[0, 1, 2, 0, 2, 2])
     workload = from_trace(trace)
     workload.validate()
     assert workload.raw is not None

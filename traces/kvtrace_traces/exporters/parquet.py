@@ -1,7 +1,7 @@
 """A folder of Parquet files, one per table, that DuckDB, Polars or Spark read without kvtrace.
 
-Beside the tables of the schema: ``chains.parquet`` (request, granule, identity), ``identities.parquet`` (identity, its 64-bit
-hash) and ``info.json``. Whole numbers that run along are delta-packed, then compressed with zstd.
+Beside the tables of the schema: ``chains.parquet`` (request, granule, identity), ``identities.parquet`` (identity, its
+64-bit hash) and ``info.json``. Whole numbers that run along are delta-packed, then compressed with zstd.
 """
 
 from __future__ import annotations

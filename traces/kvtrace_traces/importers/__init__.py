@@ -99,7 +99,7 @@ def run(
     chosen = known[format]
     source = Source(src, block_size, progress)
     granule = chosen.granule(source)
-    header = {
+    header: dict[str, Any] = {
         "source": "import",
         "format": format,
         "engine": None,

@@ -22,7 +22,7 @@ def read(source: Source) -> Iterator[Record]:
     while chunk := list(itertools.islice(lines, CHUNK)):
         try:
             ids = [int(line) for _, line in chunk]
-            if 0 <= min(ids) and max(ids) <= MAX_ID:
+            if min(ids) >= 0 and max(ids) <= MAX_ID:
                 yield Record(chunk[0][0], ids, single=True)
                 continue
         except ValueError:

@@ -1,8 +1,8 @@
-"""Mooncake's block-hash traces: one JSON object a line with ``timestamp`` (ms), ``input_length``, ``output_length`` (tokens)
-and ``hash_ids``, one id per block of 512 tokens, the last one possibly partial.
+"""Mooncake's block-hash traces: a JSON object a line with ``timestamp`` (ms), ``input_length``, ``output_length``
+(tokens) and ``hash_ids``, one id per block of 512 tokens, the last one possibly partial.
 
-The format is that of the traces published with Mooncake (Qin et al., FAST 2025). Files made after its pattern with another
-block size may say so in a field ``block_size``.
+The format is that of the traces published with Mooncake (Qin et al., FAST 2025). Files made after its pattern
+with another block size may say so in a field ``block_size``.
 """
 
 from __future__ import annotations
@@ -68,5 +68,5 @@ def _record(number: int, row: Any) -> Record:
         return Record(number, (), bad=f"timestamp is {stamp!r}, not a number of milliseconds")
     if not 0 <= stamp <= 1e15:
         return Record(number, (), bad=f"timestamp is {stamp!r}: it must lie between 0 and 1e15 ms")
-    name = row.get("request_id", row.get("session_id", ""))
-    return Record(number, ids, round(stamp * 1e6), lengths[0], lengths[1], str(name))
+    label = row.get("request_id", row.get("session_id", ""))
+    return Record(number, ids, round(stamp * 1e6), lengths[0], lengths[1], str(label))
