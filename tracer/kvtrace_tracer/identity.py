@@ -5,8 +5,8 @@ so that whoever holds them can test guesses at a prompt; each is therefore hashe
 not in the log. Where the engine makes no hashes, or only at a coarser stride, the chain is made here from token ids.
 
 The hash runs in the serving thread for every block that fills, so the cheapest keyed one at hand is taken: Python's own
-hash of bytes, SipHash-1-3 with 128 secret bits that each process draws at its start. Where the user chose a key, or took
-the secret away with ``PYTHONHASHSEED``, it is BLAKE2b with a key of ours, some times slower.
+hash of bytes, SipHash-1-3 with 128 secret bits that each process draws at its start. Where the user chose a key, or
+took the secret away with ``PYTHONHASHSEED``, it is BLAKE2b with a key of ours, some times slower.
 """
 
 from __future__ import annotations

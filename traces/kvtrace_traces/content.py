@@ -13,7 +13,7 @@ from kvtrace_traces.compile import njit
 
 @njit
 def many_parents(indptr, identities, unique):  # type: ignore[no-untyped-def]
-    """Whether some identity follows different ones in different places (CSR: ``indptr`` int64, ``identities`` int32)."""
+    """Whether some identity follows different ones in places (CSR: ``indptr`` int64, ``identities`` int32)."""
     parent = np.full(unique, -2, np.int32)  # -1: first of its request
     for request in range(len(indptr) - 1):
         before = np.int32(-1)
