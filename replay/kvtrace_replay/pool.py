@@ -25,9 +25,9 @@ CHECKS = (
     ("reference counts", "blocks are handed out free, and hit or given up only while someone can hold them"),
     ("evictions", "a block that held an identity, and no other, was evicted when handed out"),
     ("hits", "every hit block held the identity looked up, and was the first cached with it"),
-    ("longest hit", "every lookup found the longest cached prefix"),
+    ("longest hit", "every admitted request was looked up, and got the longest cached prefix"),
     ("fills", "blocks became cached in order, by a request that held them, with the identity of its chain"),
-    ("frees", "a request gave up its own blocks, all of them, last first"),
+    ("frees", "a request gave up its own blocks, all of them, last first, with the identities they held"),
 )
 (C_ORDER, C_REFERENCES, C_EVICTIONS, C_HITS, C_LONGEST, C_FILLS, C_FREES) = range(len(CHECKS))
 
@@ -108,6 +108,7 @@ def follow(trace: Any, engine_index: int | None = None, upto: int | None = None,
         lookups["request"].to_numpy(),
         lookups["tokens_asked"].to_numpy(),
         lookups["tokens_hit"].to_numpy(),
+        _counted(trace, index, total, bool(header.get("prefix_caching"))),
         int(header["block_size"]),
         bool(front),
         state,
@@ -122,6 +123,15 @@ def follow(trace: Any, engine_index: int | None = None, upto: int | None = None,
     if front is None:
         mismatches[C_ORDER], first[C_ORDER] = 0, -1
     return Followed(_state(state, tails, nodes), mismatches, first, free_counts)
+
+
+def _counted(trace: Any, index: int, total: int, caching: bool) -> NDArray[np.bool_]:
+    """bool[requests]: whether lookups of the request are counted, so that each admission must have one."""
+    counted = np.zeros(total, np.bool_)
+    if caching:
+        requests = trace.requests.filter(trace.requests["engine_index"] == index)
+        counted[requests["request"].to_numpy()] = ~requests["no_cache_read"].to_numpy()
+    return counted
 
 
 def _state(state: NDArray[np.int32], tails: NDArray[np.int32], nodes: NDArray[np.int32]) -> PoolState:
@@ -207,7 +217,7 @@ def _miss(mismatches, first, check, row):  # type: ignore[no-untyped-def]
 
 @njit
 def _follow(  # type: ignore[no-untyped-def]
-    kinds, requests, blocks, identities, indptr, chains, per_block, same, looked, asked, found, block_size, front,
+    kinds, requests, blocks, identities, indptr, chains, per_block, same, looked, asked, found, counted, block_size, front,
     state, tails, lengths, nodes, at, free_counts, mismatches, first,
 ):  # fmt: skip
     total = state.shape[1]
@@ -221,6 +231,7 @@ def _follow(  # type: ignore[no-untyped-def]
     freed_front = 0  # where the next block without identity of the running stretch of frees goes
     freed_before = np.int64(-1)
     evicted_for = np.int64(-1)
+    due, due_of = np.int64(0), np.int64(-1)  # blocks that the lookup under way found, and whose it is
     for row in range(len(kinds)):
         while next_at < len(at) and at[next_at] <= row:
             free_counts[next_at] = free
@@ -249,7 +260,18 @@ def _follow(  # type: ignore[no-untyped-def]
                 hits += 1
             if hits * block_size != found[next_lookup]:
                 _miss(mismatches, first, C_LONGEST, row)
+            due = np.int64(found[next_lookup]) // block_size
+            due_of = request
             next_lookup += 1
+        elif admitted and counted[request]:
+            _miss(mismatches, first, C_LONGEST, row)
+        if kind == ALLOCATE and request == due_of:
+            # What was found comes before what had to be allocated.
+            if due != 0:
+                _miss(mismatches, first, C_HITS, row)
+            due_of = np.int64(-1)
+        elif kind == HIT and request == due_of:
+            due -= 1
         if kind == ALLOCATE:
             if state[S_NEXT, 0] != block:
                 _miss(mismatches, first, C_ORDER, row)
@@ -286,6 +308,8 @@ def _follow(  # type: ignore[no-untyped-def]
             if request >= 0:
                 filled[request] += 1
         elif kind == FREE:
+            if state[S_IDENTITY, block] - 1 != identity:
+                _miss(mismatches, first, C_FREES, row)
             if request >= 0:
                 tail = tails[request]
                 if tail == 0 or nodes[0, tail] != block:
@@ -326,3 +350,7 @@ def _follow(  # type: ignore[no-untyped-def]
     while next_at < len(at):
         free_counts[next_at] = free
         next_at += 1
+    if next_lookup < len(looked):  # a lookup without an admission
+        mismatches[C_LONGEST] += len(looked) - next_lookup
+        if first[C_LONGEST] < 0:
+            first[C_LONGEST] = len(kinds) - 1

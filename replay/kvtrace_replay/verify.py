@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 
 from kvtrace_replay import pool
+from kvtrace_replay.verify_tables import across, check
 from kvtrace_traces.errors import KvtraceError
 
 
@@ -30,15 +31,6 @@ def verify(trace: Any, allow_lossy: bool = False) -> dict[str, Any]:
     }
 
 
-def _check(
-    name: str, rule: str, checked: int, mismatches: int, first: str | None = None, skipped: str | None = None
-) -> dict[str, Any]:
-    return {
-        "name": name, "rule": rule, "checked": int(checked), "mismatches": int(mismatches), "first": first,
-        "skipped": skipped,
-    }  # fmt: skip
-
-
 def _engine(trace: Any, header: dict[str, Any]) -> list[dict[str, Any]]:
     index = header["engine_index"]
 
@@ -53,13 +45,13 @@ def _engine(trace: Any, header: dict[str, Any]) -> list[dict[str, Any]]:
     events = mine(trace.block_events)
     if not exact:
         return [*checks, _skip_pool(f"the trace is marked inexact: {', '.join(header['inexact'])}")]
-    if trace.lossy:
-        return [*checks, _skip_pool("a part of the log is missing")]
-    return checks + _pool(trace, header, events, mine)
+    if trace.lossy and trace.recover == "skip":
+        return [*checks, _skip_pool("a part in the middle of the log is missing")]
+    return checks + across(trace, mine) + _pool(trace, header, events, mine)
 
 
 def _skip_pool(why: str) -> dict[str, Any]:
-    return _check("block pool", "the block events rebuild the engine's pool", 0, 0, skipped=why)
+    return check("block pool", "the block events rebuild the engine's pool", 0, 0, skipped=why)
 
 
 def _requests(trace: Any, mine: Any) -> list[dict[str, Any]]:
@@ -78,11 +70,11 @@ def _requests(trace: Any, mine: Any) -> list[dict[str, Any]]:
         | (pl.col("output_tokens") > pl.col("max_tokens"))
     )
     return [
-        _check("cached tokens", "a request's cached tokens are its first lookup's hit", joined.height, wrong.height,
+        check("cached tokens", "a request's cached tokens are its first lookup's hit", joined.height, wrong.height,
                _first_request(wrong)),
-        _check("preemption counts", "a request's preemptions are the rows of the preemptions table", told.height,
+        check("preemption counts", "a request's preemptions are the rows of the preemptions table", told.height,
                unequal.height, _first_request(unequal)),
-        _check("request order", "arrival, first step, last step and finish follow each other, and no request "
+        check("request order", "arrival, first step, last step and finish follow each other, and no request "
                "generates more than its maximum", requests.height, order.height, _first_request(order)),
     ]  # fmt: skip
 
@@ -107,14 +99,14 @@ def _steps(
         np.cumsum(count)[at] != steps["requests"].to_numpy()
     )
     checks = [
-        _check("step totals", "the tokens and requests of a step are the sums over its requests", steps.height,
+        check("step totals", "the tokens and requests of a step are the sums over its requests", steps.height,
                int(wrong.sum()), f"step {at[wrong][0]}" if wrong.any() else None),
     ]  # fmt: skip
     budget = header.get("scheduler", {}).get("max_num_scheduled_tokens")
     if isinstance(budget, int):
         over = steps.filter(pl.col("tokens") > budget)
         checks.append(
-            _check("token budget", f"no step schedules more than {budget} tokens", steps.height, over.height,
+            check("token budget", f"no step schedules more than {budget} tokens", steps.height, over.height,
                    f"step {over['step'][0]}" if over.height else None)
         )  # fmt: skip
     if exact:
@@ -127,7 +119,7 @@ def _steps(
             pl.col("len") > pl.col("preemptions")
         )
         checks.append(
-            _check("computed tokens", "a request goes on where its last step stopped, unless it was preempted",
+            check("computed tokens", "a request goes on where its last step stopped, unless it was preempted",
                    ordered.height, excess.height, _first_request(excess))
         )  # fmt: skip
     return checks
@@ -143,7 +135,7 @@ def _pool(trace: Any, header: dict[str, Any], events: pl.DataFrame, mine: Any) -
     told = steps["free_blocks"].to_numpy()
     wrong = np.flatnonzero(followed.free_counts != told)
     checks = [
-        _check("free blocks", "the engine's count of free blocks is that of the rebuilt pool", len(told), len(wrong),
+        check("free blocks", "the engine's count of free blocks is that of the rebuilt pool", len(told), len(wrong),
                f"step {steps['step'][int(wrong[0])]}" if len(wrong) else None)
     ]  # fmt: skip
     kinds = events["kind"].to_physical().to_numpy()
@@ -169,12 +161,12 @@ def _pool(trace: Any, header: dict[str, Any], events: pl.DataFrame, mine: Any) -
         if row >= 0:
             event = events.row(row, named=True)
             where = f"event {row} (step {event['step']}, {event['kind']} of block {event['block']})"
-        checks.append(_check(name, rule, checked[name], int(followed.mismatches[i]), where, skip))
+        checks.append(check(name, rule, checked[name], int(followed.mismatches[i]), where, skip))
     held = {number: len(blocks) for number, blocks in followed.state.tables.items()}
     finished = set(mine(trace.requests).filter(pl.col("finish_step").is_not_null())["request"].to_list())
     left = sorted(set(held) & finished)
     checks.append(
-        _check("nothing kept", "a finished request holds no block", len(finished), len(left),
+        check("nothing kept", "a finished request holds no block", len(finished), len(left),
                f"request {left[0]} holds {held[left[0]]} blocks" if left else None)
     )  # fmt: skip
     return checks

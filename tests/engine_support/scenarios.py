@@ -142,3 +142,41 @@ class traced:
     def __exit__(self, *_: object) -> None:
         for name in self._values:
             os.environ.pop(name, None)
+
+
+def both_ways(folder: str, model: str, seed: int) -> dict[str, Any]:
+    """One run recorded twice: by following block tables, and explicitly, as for engines whose tables are not followed."""
+    import kvtrace_tracer.header
+    import polars as pl
+    from kvtrace_traces import open_trace
+
+    from .stub import StubEngine
+
+    follows = kvtrace_tracer.header.follows_tables
+    traces = []
+    for explicit in (False, True):
+        place = f"{folder}/{explicit}"
+        try:
+            if explicit:
+                kvtrace_tracer.header.follows_tables = lambda header: False
+            with traced(place):
+                stub = StubEngine(
+                    model, num_blocks=70, block_size=16, max_num_seqs=32, max_num_batched_tokens=512, max_model_len=1024
+                )
+        finally:
+            kvtrace_tracer.header.follows_tables = follows
+        drive(stub, workloads.mixed(seed, 16) + workloads.thrashing(seed))
+        stub.close()
+        traces.append(open_trace(place))
+    equal = {}
+    for table in ("requests", "step_requests", "lookups", "preemptions", "block_events"):
+        frames = []
+        for trace in traces:
+            frame = getattr(trace, table)
+            if "identity" in frame.columns:  # numbered in another order: compare what they stand for
+                hashes = pl.Series(trace.chains().hashes)
+                frame = frame.with_columns(identity=hashes.gather(frame["identity"].cast(pl.UInt32)))
+            # Not told of every explicit row: the group.
+            frames.append(frame.drop("time_ns", "arrival_ns", "finish_ns", "group", strict=False))
+        equal[table] = frames[0].equals(frames[1])
+    return {"equal": equal, "events": traces[0].info["events"], "preemptions": traces[0].preemptions.height}

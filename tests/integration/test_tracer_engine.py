@@ -14,7 +14,7 @@ from engine_support.worker import Worker
 
 pytestmark = pytest.mark.engine
 
-BATCHES, SEEDS_A_BATCH = 8, 8
+BATCHES, SEEDS_A_BATCH = 8, 16
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +86,11 @@ def test_real_engine(
     plain = {key: value for key, value in settings.items() if key != "granule"}
     bare = live_worker.call(scenarios.real_engine, folder=None, kind=kind, seed=7, model=str(weighted_model), **plain)
     assert bare["tokens"] == traced["tokens"]
+
+
+def test_explicit_recording_says_the_same(engine_worker: Worker, tiny_model: Path, tmp_path: Path) -> None:
+    """Engines with several groups or windows are recorded block by block; on an engine of one group both must agree."""
+    found = engine_worker.call(scenarios.both_ways, folder=str(tmp_path), model=str(tiny_model), seed=5)
+    assert found["events"] > 1000
+    assert found["preemptions"] > 0
+    assert all(found["equal"].values()), found

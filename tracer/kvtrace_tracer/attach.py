@@ -19,7 +19,8 @@ _logger = logging.getLogger("vllm.kvtrace")
 
 
 def attach(scheduler: Any, settings: Settings) -> Log:
-    """Record ``scheduler`` (vLLM V1) from now on. Raises whatever goes wrong before the first hook is in place."""
+    """Record ``scheduler`` (vLLM V1) from now on. Raises whatever goes wrong before there is a log; the log returned is
+    closed where the hooks did not fit."""
     from kvtrace_tracer.hooks import Hooks
 
     pool = scheduler.kv_cache_manager.block_pool
@@ -48,9 +49,9 @@ def attach(scheduler: Any, settings: Settings) -> Log:
     try:
         # Kept on the scheduler alone: a reference from the log would keep the engine alive for ever.
         scheduler._kvtrace = Hooks(scheduler, log, header, chain, keyed)
-    except BaseException as error:
-        log.fail(error)
-        raise
+    except Exception as error:
+        log.fail(error)  # says so, once
+        return log
     _logger.debug("kvtrace: recording to %s (granule %d tokens)", writer.path, granule)
     return log
 

@@ -42,6 +42,7 @@ def install_rare(hooks: Hooks) -> None:
             if done and not log.closed:
                 log.ext("RESET")
                 log.events += 1
+                hooks.commit_between_steps()
             return done
 
         return reset_prefix_cache
@@ -51,9 +52,10 @@ def install_rare(hooks: Hooks) -> None:
             try:
                 ids = list(block_ids)
                 cached = [b for b in ids if pool.blocks[b].block_hash is not None]
-                if cached:
+                if cached and not log.closed:
                     log.ext("EVICT", *cached)
                     log.events += len(cached)
+                    hooks.commit_between_steps()
                 block_ids = type(block_ids)(ids) if not isinstance(block_ids, (set, list, tuple)) else block_ids
             except Exception as error:
                 log.fail(error)
@@ -101,6 +103,8 @@ def _get_new_blocks(hooks: Hooks, original: Any) -> Any:
                     append(block << 4 | ALLOC)
                     log.events += 1
                     return blocks
+            elif log.closed:
+                return blocks
             elif phase != ADMITTING:
                 hooks.inexact("unattributed-blocks")
                 log.ext("ALLOCX", NO_REQUEST, 0, *[b.block_id for b in blocks])
@@ -128,7 +132,7 @@ def _touch(hooks: Hooks, original: Any) -> Any:
             # Up to 0.12 the blocks come as a tuple with one list per group.
             flat = blocks[0] if len(blocks) and isinstance(blocks[0], (list, tuple)) else blocks
             ids = [b.block_id for b in flat]
-            if ids:
+            if ids and not log.closed:
                 if state.phase == ADMITTING:
                     words.append(len(ids) << 4 | HIT)
                     words.extend(ids)
@@ -242,6 +246,7 @@ def _free(hooks: Hooks, original: Any, freeing: _Freeing) -> Any:
                     state.gone.append(rid)
                 log.events += held
                 freeing.now = True
+                hooks.commit_between_steps()
         except Exception as error:
             log.fail(error)
         try:

@@ -108,7 +108,8 @@ def _inexact(scheduler: Any, groups: list[dict[str, Any]], version: str) -> list
         "context-parallel": any(isinstance(n, int) and n > 1 for n in sizes),
         "encoder-decoder": bool(getattr(model, "is_encoder_decoder", False)) or "CrossAttentionSpec" in kinds,
         "pooling": getattr(model, "runner_type", "generate") == "pooling",
-        "untested-engine": version.split("+")[0] not in TESTED_ENGINES,
+        "untested-engine": version.split("+")[0] not in TESTED_ENGINES
+        or not type(scheduler).__module__.startswith("vllm."),
     }
     return [name for name, holds in found.items() if holds]
 

@@ -68,13 +68,17 @@ class Hooks:
         self._patched: list[tuple[Any, str, Any]] = []
         exact = headers.follows_tables(header)
         self.tables = self.manager.coordinator.single_type_managers[0].req_to_blocks if exact else None
-        self._install()
-        if exact:
-            from kvtrace_tracer.blocks import install
-        else:
-            from kvtrace_tracer.blocks_explicit import install
-        install(self)
-        self.frame()
+        try:
+            self._install()
+            if exact:
+                from kvtrace_tracer.blocks import install
+            else:
+                from kvtrace_tracer.blocks_explicit import install
+            install(self)
+            self.frame()
+        except BaseException:
+            self.remove()
+            raise
 
     def patch(self, target: Any, name: str, make: Callable[[Any], Callable[..., Any]]) -> None:
         """Replace ``target.name``, if there is one, by ``make(original)`` on this instance."""
@@ -86,17 +90,30 @@ class Hooks:
         self._patched.append((target, name, hook))
 
     def remove(self) -> None:
-        """Give the engine its own functions back, but for those that someone else has replaced since."""
+        """Give the engine its own functions back, but for those that someone else has wrapped since: they find nothing
+        to record."""
         for target, name, hook in reversed(self._patched):
             if target.__dict__.get(name) is hook:
                 delattr(target, name)
         self._patched.clear()
+        state = self.state
+        for kept in (state.entries, state.steps, state.pending, state.looked, state.gone, state.special):
+            kept.clear()
+        state.last, state.phase, state.admitted = {}, OUTSIDE, None
 
     def inexact(self, name: str) -> None:
         """Say in the log that the trace is inexact from here on."""
         if name not in self._inexact:
             self._inexact.add(name)
             self.log.ext("INEXACT", _INEXACT[name])
+
+    def commit_between_steps(self) -> None:
+        """Commit what happens while the engine idles (an abort, a reset): the next step may be long in coming."""
+        if self.state.phase == OUTSIDE:
+            try:
+                self.log.commit()
+            except Exception as error:
+                self.log.fail(error)
 
     # ---------------------------------------------------------------- what closures append
 
@@ -160,6 +177,8 @@ class Hooks:
             full_sets, end_call, owners_of = self.full_sets, self._end_call, self._owners
 
             def schedule(*args: Any, **kwargs: Any) -> Any:
+                if log.closed:
+                    return original(*args, **kwargs)
                 now = clock() - zero
                 delta = now - state.time
                 if 0 <= delta < MAX_DELTA:
@@ -200,6 +219,8 @@ class Hooks:
             commit = log.commit
 
             def update_from_output(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+                if log.closed:
+                    return original(scheduler_output, *args, **kwargs)
                 state.phase = UPDATING
                 if steps and steps[0] is scheduler_output:
                     now = clock() - zero
@@ -210,7 +231,7 @@ class Hooks:
                     else:
                         stamp(OUTPUT, now)
                     del steps[0]
-                elif not log.closed:
+                else:
                     try:
                         self._skip(scheduler_output, clock() - zero)
                     except Exception as error:
@@ -286,13 +307,16 @@ class Hooks:
 
     def _arrive(self, request: Any) -> None:
         state, rid = self.state, request.request_id
+        if rid not in self.scheduler.requests:
+            return  # the end of a streaming session comes as a request, and is none
         if rid in state.entries or getattr(request, "resumable", False):
             self.inexact("streaming-session")
             if rid in state.entries:
                 return
         entry = state.entries[rid] = Entry(state.requests)
         state.requests += 1
-        name = rid.encode()[:4096]
+        name = rid.encode("utf-8", "replace")[:4096].decode("utf-8", "ignore").encode()
+        name_bytes = len(name)
         name += b"\0" * (-len(name) % 4)
         lora = getattr(request, "lora_request", None)
         owner = tenant(self.keyed, getattr(lora, "lora_name", None), getattr(request, "cache_salt", None))
@@ -305,7 +329,7 @@ class Hooks:
             REQUEST_NO_READ if getattr(request, "skip_reading_prefix_cache", False) else 0,
             int.from_bytes(owner, "little"),
             0,
-            min(len(rid.encode()), 4096),
+            name_bytes,
         )
         self.log.ext("REQ")
         words = self.log.words
@@ -411,24 +435,30 @@ class Hooks:
         cached = output.scheduled_cached_reqs
         new = cached.new_block_ids
         ids = list(compress(cached.req_ids, new))
-        # Each request that runs on asks once. Where some came or went in the call, or an engine lists requests without
-        # new blocks, the blocks decide.
-        if len(ids) == len(pending) and (
-            not (state.gone or state.looked) or [groups[0][0] for groups in compress(new, new) if groups[0]] == pending
-        ):
-            owners = [entries[rid].number for rid in ids]
+        if len(ids) == len(pending) and not (state.gone or state.looked):
+            owners = [entries[rid].number for rid in ids]  # each request that runs on asks once
         else:
-            owners = self.search_owners()
+            # Resumed requests are listed too, with all their blocks: the first new block decides.
+            owners = []
+            for rid, groups in zip(ids, compress(new, new), strict=True):
+                if len(owners) < len(pending) and groups[0] and groups[0][0] == pending[len(owners)]:
+                    owners.append(entries[rid].number)
+            if len(owners) != len(pending):
+                owners = self.search_owners()
         pending.clear()
         return owners
 
     def search_owners(self) -> list[int]:
-        """The owners of the pending allocations by looking through the block tables: slow, and always right."""
+        """The owners of the pending allocations by looking through the block tables: slow, and always right.
+
+        Requests admitted in this call are left out: what they hold of these blocks they hit after the owner filled it.
+        """
         state = self.state
+        admitted = set(state.looked)
         holder: dict[int, int] = {}
         for rid, table in (self.tables or {}).items():
             entry = state.entries.get(rid)
-            if entry is not None:
+            if entry is not None and rid not in admitted:
                 for block in table:
                     holder[block.block_id] = entry.number
         owners = [holder.get(block, NO_REQUEST) for block in state.pending]

@@ -24,10 +24,9 @@ DIGEST_BYTES = 8
 
 def keyed_hash(key: bytes | None) -> Callable[[bytes], bytes]:
     """A function from bytes to 8 bytes, keyed with ``key`` or, for None, with a secret of the process."""
-    seed = os.environ.get("PYTHONHASHSEED", "random")
     if (
         key is None
-        and seed in ("", "random")
+        and _hash_is_secret()
         and sys.hash_info.algorithm.startswith("siphash")
         and sys.hash_info.width == 64
     ):
@@ -43,6 +42,17 @@ def keyed_hash(key: bytes | None) -> Callable[[bytes], bytes]:
         return blake2b(secret + content, digest_size=DIGEST_BYTES).digest()
 
     return blake
+
+
+def _hash_is_secret() -> bool:
+    """Whether this process drew the secret of its hash itself. The environment may have been changed since its start."""
+    try:
+        with open("/proc/self/environ", "rb") as file:
+            given = dict(entry.partition(b"=")[::2] for entry in file.read().split(b"\0"))
+    except OSError:
+        return False
+    seeds = (given.get(b"PYTHONHASHSEED", b""), os.environ.get("PYTHONHASHSEED", "").encode())
+    return bool(sys.flags.hash_randomization) and all(seed in (b"", b"random") for seed in seeds)
 
 
 class EngineChain:

@@ -1,4 +1,4 @@
-"""Writes the tables of ``docs/format.md`` and all of ``docs/tables.md`` from the schema, or checks that they are current.
+"""Writes the tables of ``docs/format.md`` and all of ``docs/tables.md`` from the schema, or checks them.
 
 python -m kvtrace_traces.docs --check | --write
 """
@@ -49,8 +49,8 @@ def tables() -> str:
     """All of ``docs/tables.md``."""
     parts = [
         "# Tables of a trace\n",
-        "Made from `traces/kvtrace_traces/schema.py` by `python -m kvtrace_traces.docs --write`. Columns in *italics* may",
-        "be null. Times in nanoseconds count from the clock reading in the header: wall time is `clock_wall_ns` plus them.",
+        "Made from `traces/kvtrace_traces/schema.py` by `python -m kvtrace_traces.docs --write`. Columns in *italics*",
+        "may be null. Times in nanoseconds count from the header's clock reading: the wall's is `clock_wall_ns` more.",
     ]
     for table in TABLES.values():
         parts.append(f"\n## {table.name}\n\n{table.doc[0].upper()}{table.doc[1:]}.\n")

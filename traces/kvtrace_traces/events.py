@@ -18,16 +18,16 @@ from kvtrace_traces.compile import njit
 from kvtrace_traces.played import (
     C_CONTEXT, C_DUE, C_EMPTY, C_EPOCH, C_EVENTS, C_INSIDE, C_LOOKUPS, C_LOST, C_NODES, C_OUTPUT, C_OWNER_AT, C_OWNERS,
     C_PREEMPTIONS, C_REQUESTS, C_SET, C_SPANS, C_STEPS, C_TIME, C_WHOLE, C_CALL, NODE_BLOCK, NODE_NEXT, NODE_PREVIOUS,
-    PER_REQUEST, Q_ASKED, Q_FILL, Q_FILLED, Q_FOUND, Q_KNOWN, Q_LOOKED, Q_TAIL, SCALARS, add_block, event, held,
-    identity_of, leave, now_step, preempt,
+    PER_REQUEST, Q_ASKED, Q_FILL, Q_FILLED, Q_FOUND, Q_KNOWN, Q_LOOKED, Q_TAIL, SCALARS, add_block, held,
+    identity_of, leave, now_step, preempt, row,
 )  # fmt: skip
-from kvtrace_traces.rare import extended, resume
+from kvtrace_traces.rare import arrive, extended, resume
 from kvtrace_traces.rows import (
     ALLOCATED, EVICTED, FILLED, FREED, HITS, R_FINISH_NS, R_FINISH_STEP, R_OUTPUT, R_REASON, S_END,
 )  # fmt: skip
 from kvtrace_traces.scheduled import begin_call, end_call
 from kvtrace_traces.survey import (
-    ALLOC, ALLOCN, BEGIN, FILL, FILL1, FINISH, FREE, HIT, KEY, LOOKUP, OUTPUT, PREEMPT, SCHED, op_words,
+    ALLOC, ALLOCN, BEGIN, FILL, FILL1, FINISH, FREE, HIT, KEY, LOOKUP, OUTPUT, PREEMPT, SCHED, X_REQ, op_words,
 )  # fmt: skip
 
 #: Where the counts stand that :func:`play` returns.
@@ -57,6 +57,9 @@ def play(
     owners = np.empty(max_owners + 1, np.uint32)
     holds = np.zeros(num_blocks, np.int64)
     events, times, kinds, groups = out.events, out.times, out.kinds, out.groups
+    requests32, requests64, spans = out.requests32, out.requests64, out.spans
+    steps32, steps64, lookups = out.steps32, out.steps64, out.lookups
+    preemptions, preempted_at, id_bytes = out.preemptions, out.preempted_at, out.id_bytes
     resumed = True  # the first frame sets the state, as one after a gap does
     for c in range(len(starts)):
         if gaps[c] or not use[c]:
@@ -76,26 +79,33 @@ def play(
                     if request >= state[C_REQUESTS]:
                         request = np.int64(-1)
                 follow = request >= 0 and per[Q_KNOWN, request] == state[C_WHOLE]
+                e, step, time, epoch = state[C_EVENTS], now_step(state), state[C_TIME], state[C_EPOCH]
                 for i in range(np.int64(1) if op == ALLOC else operand):
                     block = operand if op == ALLOC else np.int64(words[at + 1 + i])
-                    old = held(holds, state[C_EPOCH], block)
+                    old = held(holds, epoch, block)
                     if old >= 0:
-                        event(state, events, times, kinds, groups, EVICTED, request, block, old, 0)
+                        row(events, times, kinds, groups, e, step, time, EVICTED, request, block, old, 0)
+                        e += 1
                         holds[block] = 0
-                    event(state, events, times, kinds, groups, ALLOCATED, request, block, -1, 0)
+                    row(events, times, kinds, groups, e, step, time, ALLOCATED, request, block, -1, 0)
+                    e += 1
                     if follow:
                         add_block(state, per, nodes, request, block)
+                state[C_EVENTS] = e
             elif op == HIT:
                 context = state[C_CONTEXT]
+                e, step, time, epoch = state[C_EVENTS], now_step(state), state[C_TIME], state[C_EPOCH]
                 for i in range(operand):
                     block = np.int64(words[at + 1 + i])
                     identity = np.int64(-1)
                     if context >= 0:
                         identity = identity_of(indptr, chains, context, i, per_block)
                         if identity >= 0:
-                            holds[block] = state[C_EPOCH] << 32 | (identity + 1)
+                            holds[block] = epoch << 32 | (identity + 1)
                         add_block(state, per, nodes, context, block)
-                    event(state, events, times, kinds, groups, HITS, context, block, identity, 0)
+                    row(events, times, kinds, groups, e, step, time, HITS, context, block, identity, 0)
+                    e += 1
+                state[C_EVENTS] = e
                 if context >= 0:
                     per[Q_FILL, context] = 0
                     per[Q_FILLED, context] = operand
@@ -104,7 +114,8 @@ def play(
             elif op == FREE or op == PREEMPT:
                 many = np.int64(words[at + 1]) if op == FREE else np.int64(words[at + 2])
                 if op == PREEMPT:
-                    preempt(state, per, members, out, operand, np.int64(words[at + 1]), many)
+                    tokens = np.int64(words[at + 1])
+                    preempt(state, per, members, spans, requests32, preemptions, preempted_at, operand, tokens, many)
                 _free(state, per, nodes, holds, operand, many, events, times, kinds, groups)
             elif op == LOOKUP:
                 state[C_CONTEXT] = operand
@@ -117,11 +128,11 @@ def play(
                 per[Q_ASKED, operand] = np.int64(words[at + 1])
                 per[Q_FOUND, operand] = np.int64(words[at + 2])
             elif op == FINISH:
-                leave(state, per, members, out, operand)
-                out.requests32[R_REASON, operand] = np.int64(words[at + 1])
-                out.requests32[R_OUTPUT, operand] = np.int64(words[at + 2])
-                out.requests32[R_FINISH_STEP, operand] = now_step(state)
-                out.requests64[R_FINISH_NS, operand] = state[C_TIME]
+                leave(state, per, members, spans, requests32, operand)
+                requests32[R_REASON, operand] = np.int64(words[at + 1])
+                requests32[R_OUTPUT, operand] = np.int64(words[at + 2])
+                requests32[R_FINISH_STEP, operand] = now_step(state)
+                requests64[R_FINISH_NS, operand] = state[C_TIME]
             elif op == BEGIN:
                 state[C_TIME] += operand
                 begin_call(words, at + n, stop, state, owners)
@@ -130,20 +141,22 @@ def play(
                 if state[C_DUE] > 0:
                     state[C_DUE] -= 1
                 elif state[C_OUTPUT] < state[C_STEPS]:
-                    out.steps64[S_END, state[C_OUTPUT]] = state[C_TIME]
+                    steps64[S_END, state[C_OUTPUT]] = state[C_TIME]
                     state[C_OUTPUT] += 1
             elif op == SCHED:
-                end_call(words, at, state, per, members, special, out)
+                end_call(words, at, state, per, members, special, spans, requests32, steps32, steps64, lookups)
             elif op == KEY:
                 state[C_REQUESTS] = words[at + 4]
                 if resumed:
-                    resume(words, at, state, per, members, out)
+                    resume(words, at, state, per, members, spans, requests32)
                     resumed = False
+            elif op == 15 and operand & 255 == X_REQ:
+                arrive(words, at, state, requests32, requests64, id_bytes)
             elif op == 15:
                 extended(words, at, n, state, per, members, holds, explicit_ids, out)
             at += n
     while state[C_SET] > 0:
-        leave(state, per, members, out, np.int64(members[state[C_SET] - 1]))
+        leave(state, per, members, spans, requests32, np.int64(members[state[C_SET] - 1]))
     return state
 
 
@@ -151,30 +164,39 @@ def play(
 def _fill(words, at, state, per, nodes, holds, indptr, chains, per_block, events, times, kinds, groups):
     op, r = words[at] & np.uint32(15), np.int64(words[at] >> np.uint32(4))
     many = np.int64(1) if op == FILL1 else np.int64(words[at + 1])
-    for done in range(many):
-        node = per[Q_FILL, r]
-        if node == 0 or per[Q_KNOWN, r] != state[C_WHOLE]:
-            state[C_LOST] += many - done
-            break
+    e, step, time, epoch = state[C_EVENTS], now_step(state), state[C_TIME], state[C_EPOCH]
+    node = per[Q_FILL, r] if per[Q_KNOWN, r] == state[C_WHOLE] else np.int32(0)
+    filled = per[Q_FILLED, r]
+    done = 0
+    while done < many and node > 0:
         block = np.int64(nodes[NODE_BLOCK, node])
-        identity = identity_of(indptr, chains, r, per[Q_FILLED, r], per_block)
-        per[Q_FILLED, r] += 1
-        per[Q_FILL, r] = nodes[NODE_NEXT, node]
+        identity = identity_of(indptr, chains, r, filled + done, per_block)
+        done += 1
+        node = nodes[NODE_NEXT, node]
         if identity >= 0:
-            holds[block] = state[C_EPOCH] << 32 | (identity + 1)
-        event(state, events, times, kinds, groups, FILLED, r, block, identity, 0)
+            holds[block] = epoch << 32 | (identity + 1)
+        row(events, times, kinds, groups, e, step, time, FILLED, r, block, identity, 0)
+        e += 1
+    state[C_EVENTS] = e
+    if done:
+        per[Q_FILL, r] = node
+        per[Q_FILLED, r] = filled + done
+    state[C_LOST] += many - done
 
 
 @njit
 def _free(state, per, nodes, holds, r, many, events, times, kinds, groups):
     """Request ``r`` gives up its blocks, ``many`` as the log has it, last first."""
     node = per[Q_TAIL, r] if per[Q_KNOWN, r] == state[C_WHOLE] else np.int32(0)
+    e, step, time, epoch = state[C_EVENTS], now_step(state), state[C_TIME], state[C_EPOCH]
     rows = 0
     while node > 0:
         block = np.int64(nodes[NODE_BLOCK, node])
-        event(state, events, times, kinds, groups, FREED, r, block, held(holds, state[C_EPOCH], block), 0)
+        row(events, times, kinds, groups, e, step, time, FREED, r, block, held(holds, epoch, block), 0)
+        e += 1
         node = nodes[NODE_PREVIOUS, node]
         rows += 1
+    state[C_EVENTS] = e
     state[C_LOST] += abs(many - rows)
     per[Q_TAIL, r] = 0
     per[Q_FILL, r] = 0

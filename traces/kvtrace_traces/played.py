@@ -37,7 +37,7 @@ def now_step(state):
 
 
 @njit
-def leave(state, per, members, out, r):
+def leave(state, per, members, spans, requests32, r):
     """Take request ``r`` out of the scheduled set and write its span, if any step is in it."""
     place = per[Q_PLACE, r] - 1
     if place < 0:
@@ -52,15 +52,15 @@ def leave(state, per, members, out, r):
     if steps <= 0:
         return
     n = state[C_SPANS]
-    out.spans[P_REQUEST, n] = r
-    out.spans[P_FIRST, n] = per[Q_START, r]
-    out.spans[P_STEPS, n] = steps
-    out.spans[P_TOKENS, n] = per[Q_TOKENS, r]
-    out.spans[P_COMPUTED, n] = per[Q_COMPUTED, r]
+    spans[P_REQUEST, n] = r
+    spans[P_FIRST, n] = per[Q_START, r]
+    spans[P_STEPS, n] = steps
+    spans[P_TOKENS, n] = per[Q_TOKENS, r]
+    spans[P_COMPUTED, n] = per[Q_COMPUTED, r]
     state[C_SPANS] = n + 1
-    if out.requests32[R_FIRST, r] < 0:
-        out.requests32[R_FIRST, r] = per[Q_START, r]
-    out.requests32[R_LAST, r] = state[C_STEP] - 1
+    if requests32[R_FIRST, r] < 0:
+        requests32[R_FIRST, r] = per[Q_START, r]
+    requests32[R_LAST, r] = state[C_STEP] - 1
 
 
 @njit
@@ -82,32 +82,38 @@ def going_on(state, per, r):
 
 
 @njit
-def preempt(state, per, members, out, r, tokens, blocks):
+def preempt(state, per, members, spans, requests32, preemptions, preempted_at, r, tokens, blocks):
     """Write the row of a preemption, and take ``r`` out of the scheduled set."""
     n = state[C_PREEMPTIONS]
-    out.preemptions[V_STEP, n] = now_step(state)
-    out.preemptions[V_REQUEST, n] = r
-    out.preemptions[V_BLOCKS, n] = blocks
-    out.preemptions[V_TOKENS, n] = tokens
-    out.preempted_at[n] = state[C_TIME]
+    preemptions[V_STEP, n] = now_step(state)
+    preemptions[V_REQUEST, n] = r
+    preemptions[V_BLOCKS, n] = blocks
+    preemptions[V_TOKENS, n] = tokens
+    preempted_at[n] = state[C_TIME]
     state[C_PREEMPTIONS] = n + 1
     state[C_PREEMPTED] += 1
-    out.requests32[R_PREEMPTIONS, r] += 1
-    leave(state, per, members, out, r)
+    requests32[R_PREEMPTIONS, r] += 1
+    leave(state, per, members, spans, requests32, r)
 
 
 @njit
 def event(state, events, times, kinds, groups, kind, request, block, identity, group):
     """Write the row of a block event. (Four arrays, not the tuple of all: to take one out of it costs a reference.)"""
     n = state[C_EVENTS]
-    events[E_STEP, n] = now_step(state)
+    row(events, times, kinds, groups, n, now_step(state), state[C_TIME], kind, request, block, identity, group)
+    state[C_EVENTS] = n + 1
+
+
+@njit
+def row(events, times, kinds, groups, n, step, time, kind, request, block, identity, group):
+    """As :func:`event`, for loops that keep count, step and time themselves."""
+    events[E_STEP, n] = step
     events[E_REQUEST, n] = request
     events[E_BLOCK, n] = block
     events[E_IDENTITY, n] = identity
-    times[n] = state[C_TIME]
+    times[n] = time
     kinds[n] = kind
     groups[n] = group
-    state[C_EVENTS] = n + 1
 
 
 @njit

@@ -18,16 +18,16 @@ from kvtrace_traces.rows import (
 )  # fmt: skip
 from kvtrace_traces.schema import REQUEST_FINISHED
 from kvtrace_traces.survey import (
-    KEY_WORDS, REQ_WORDS, X_ALLOC, X_EVICT, X_FILL, X_FREE, X_HIT, X_IDS, X_LOAD, X_LOST, X_REQ, X_RESET, X_SKIP,
+    KEY_WORDS, REQ_WORDS, X_ALLOC, X_EVICT, X_FILL, X_FREE, X_HIT, X_IDS, X_LOAD, X_LOST, X_RESET, X_SKIP,
     X_STORE, X_TIME,
 )  # fmt: skip
 
 
 @njit
-def resume(words, at, state, per, members, out):
-    """KEY after a gap: what stood before may be stale, so only what the frame says, or is seen from now on, is believed."""
+def resume(words, at, state, per, members, spans, requests32):
+    """KEY after a gap: what stood before may be stale, so what the frame says is believed, and what follows it."""
     while state[C_SET] > 0:
-        leave(state, per, members, out, np.int64(members[state[C_SET] - 1]))
+        leave(state, per, members, spans, requests32, np.int64(members[state[C_SET] - 1]))
     state[C_TIME] = time_of(words, at + 1)
     state[C_STEP] = words[at + 3]
     state[C_RUNNING] = words[at + 7]
@@ -59,8 +59,6 @@ def extended(words, at, n, state, per, members, holds, explicit_ids, out):
     events, times, kinds, groups = out.events, out.times, out.kinds, out.groups
     if code == X_TIME:
         state[C_TIME] = time_of(words, at + 1)
-    elif code == X_REQ:
-        _arrive(words, at, state, out)
     elif code == X_IDS:
         first = state[C_REQUESTS]
         for r in range(first, first + size // 2):
@@ -82,7 +80,11 @@ def extended(words, at, n, state, per, members, holds, explicit_ids, out):
         state[C_DUE] -= due
         state[C_OUTPUT] = min(state[C_OUTPUT] + skipped - due, state[C_STEPS])
     elif code == X_LOST:
-        preempt(state, per, members, out, np.int64(words[at + 1]), np.int64(words[at + 2]), np.int64(words[at + 3]))
+        tokens, blocks = np.int64(words[at + 2]), np.int64(words[at + 3])
+        preempt(
+            state, per, members, out.spans, out.requests32, out.preemptions, out.preempted_at,
+            np.int64(words[at + 1]), tokens, blocks,
+        )  # fmt: skip
     elif code == X_ALLOC or code == X_HIT or code == X_FREE or code == X_STORE or code == X_LOAD:
         _named(words, at, n, code, state, holds, out)
     elif code == X_FILL:
@@ -130,24 +132,25 @@ def _named(words, at, n, code, state, holds, out):
 
 
 @njit
-def _arrive(words, at, state, out):
+def arrive(words, at, state, requests32, requests64, id_bytes):
+    """EXT REQ: a request arrives. (The one EXT that is not so rare: it is called for itself, without the tuple.)"""
     r = state[C_REQUESTS]
     state[C_REQUESTS] = r + 1
-    out.requests64[R_ARRIVAL_NS, r] = time_of(words, at + 1)
-    out.requests64[R_ARRIVAL_S, r] = time_of(words, at + 3)  # the bits of an f64
-    out.requests64[R_TENANT, r] = time_of(words, at + 9)
-    out.requests32[R_PROMPT, r] = np.int64(words[at + 5])
-    out.requests32[R_MAX, r] = np.int64(words[at + 6])
-    out.requests32[R_PRIORITY, r] = np.int32(words[at + 7])
-    out.requests32[R_FLAGS, r] = np.int64(words[at + 8])
-    out.requests32[R_ARRIVAL_STEP, r] = state[C_STEP]
+    requests64[R_ARRIVAL_NS, r] = time_of(words, at + 1)
+    requests64[R_ARRIVAL_S, r] = time_of(words, at + 3)  # the bits of an f64
+    requests64[R_TENANT, r] = time_of(words, at + 9)
+    requests32[R_PROMPT, r] = np.int64(words[at + 5])
+    requests32[R_MAX, r] = np.int64(words[at + 6])
+    requests32[R_PRIORITY, r] = np.int32(words[at + 7])
+    requests32[R_FLAGS, r] = np.int64(words[at + 8])
+    requests32[R_ARRIVAL_STEP, r] = state[C_STEP]
     if words[at + 8] & np.uint32(REQUEST_FINISHED):
-        out.requests32[R_OUTPUT, r] = np.int64(words[at + 11])
+        requests32[R_OUTPUT, r] = np.int64(words[at + 11])
     size = np.int64(words[at + REQ_WORDS])
     id_at = state[C_ID_AT]
-    out.requests32[R_ID_BYTES, r] = size
-    out.requests64[R_ID_AT, r] = id_at
+    requests32[R_ID_BYTES, r] = size
+    requests64[R_ID_AT, r] = id_at
     for i in range(size):
         word = words[at + 1 + REQ_WORDS + i // 4]
-        out.id_bytes[id_at + i] = (word >> np.uint32(8 * (i & 3))) & np.uint32(255)
+        id_bytes[id_at + i] = (word >> np.uint32(8 * (i & 3))) & np.uint32(255)
     state[C_ID_AT] = id_at + size

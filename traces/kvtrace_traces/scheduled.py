@@ -1,4 +1,4 @@
-"""Scheduler calls in the decoder's last pass: the owners of allocations, the scheduled set. Compiled; see ``events``."""
+"""Scheduler calls in the decoder's last pass: owners of allocations, the scheduled set. Compiled; see ``events``."""
 
 # ruff: noqa: I001 -- long lists of constants
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, assignment"
@@ -58,7 +58,7 @@ def begin_call(words, at, stop, state, owners):
 
 
 @njit
-def end_call(words, at, state, per, members, special, out):
+def end_call(words, at, state, per, members, special, spans, requests32, steps32, steps64, lookups):
     """SCHED: change the scheduled set, and write the step and the lookups of those admitted."""
     call = state[C_CALL] + 1
     state[C_CALL] = call
@@ -74,25 +74,25 @@ def end_call(words, at, state, per, members, special, out):
         per[Q_STAMP, r] = call
         if per[Q_PLACE, r] > 0:
             if tokens != per[Q_TOKENS, r] or computed != going_on(state, per, r):
-                leave(state, per, members, out, r)
+                leave(state, per, members, spans, requests32, r)
                 enter(state, per, members, r, tokens, computed)
         else:
             enter(state, per, members, r, tokens, computed)
             if per[Q_LOOKED, r] == call:
-                _looked_up(state, per, out, r)
+                _looked_up(state, per, requests32, lookups, r)
     if flags & SCHED_FULL:
         i = state[C_SET] - 1
         while i >= 0:
             r = np.int64(members[i])
             if per[Q_STAMP, r] != call:
-                leave(state, per, members, out, r)
+                leave(state, per, members, spans, requests32, r)
             i -= 1
     else:
         for i in range(state[C_SPECIAL]):
             r = np.int64(special[i])
             if per[Q_PLACE, r] > 0 and per[Q_STAMP, r] != call:
                 computed = going_on(state, per, r)
-                leave(state, per, members, out, r)
+                leave(state, per, members, spans, requests32, r)
                 enter(state, per, members, r, 1, computed)
     n = 0
     for i in range(entries):
@@ -101,7 +101,7 @@ def end_call(words, at, state, per, members, special, out):
             n += 1
     state[C_SPECIAL] = n
     if state[C_SET] > 0:
-        _write_step(state, out, np.int64(words[free]))
+        _write_step(state, steps32, steps64, np.int64(words[free]))
     else:
         state[C_EMPTY] += 1
     state[C_INSIDE] = 0
@@ -109,34 +109,34 @@ def end_call(words, at, state, per, members, special, out):
 
 
 @njit
-def _looked_up(state, per, out, r):
+def _looked_up(state, per, requests32, lookups, r):
     """Write the lookup with which ``r`` was admitted; one that was not made counts for ``cached_tokens`` alone."""
     found = per[Q_FOUND, r]
-    if out.requests32[R_CACHED, r] < 0:
-        out.requests32[R_CACHED, r] = max(found - 1, 0)
+    if requests32[R_CACHED, r] < 0:
+        requests32[R_CACHED, r] = max(found - 1, 0)
     if found <= 0:
         return
     n = state[C_LOOKUPS]
-    out.lookups[L_STEP, n] = state[C_STEP]
-    out.lookups[L_REQUEST, n] = r
-    out.lookups[L_ASKED, n] = per[Q_ASKED, r]
-    out.lookups[L_HIT, n] = found - 1
-    out.lookups[L_AFTER, n] = out.requests32[R_PREEMPTIONS, r] > 0
+    lookups[L_STEP, n] = state[C_STEP]
+    lookups[L_REQUEST, n] = r
+    lookups[L_ASKED, n] = per[Q_ASKED, r]
+    lookups[L_HIT, n] = found - 1
+    lookups[L_AFTER, n] = requests32[R_PREEMPTIONS, r] > 0
     state[C_LOOKUPS] = n + 1
 
 
 @njit
-def _write_step(state, out, free_blocks):
+def _write_step(state, steps32, steps64, free_blocks):
     n = state[C_STEPS]
-    out.steps32[S_STEP, n] = state[C_STEP]
-    out.steps32[S_REQUESTS, n] = state[C_SET]
-    out.steps32[S_TOKENS, n] = state[C_TOKENS]
-    out.steps32[S_RUNNING, n] = state[C_RUNNING]
-    out.steps32[S_WAITING, n] = state[C_WAITING]
-    out.steps32[S_FREE, n] = free_blocks
-    out.steps32[S_PREEMPTED, n] = state[C_PREEMPTED]
-    out.steps32[S_EMPTY, n] = state[C_EMPTY]
-    out.steps64[S_START, n] = state[C_BEGUN]
+    steps32[S_STEP, n] = state[C_STEP]
+    steps32[S_REQUESTS, n] = state[C_SET]
+    steps32[S_TOKENS, n] = state[C_TOKENS]
+    steps32[S_RUNNING, n] = state[C_RUNNING]
+    steps32[S_WAITING, n] = state[C_WAITING]
+    steps32[S_FREE, n] = free_blocks
+    steps32[S_PREEMPTED, n] = state[C_PREEMPTED]
+    steps32[S_EMPTY, n] = state[C_EMPTY]
+    steps64[S_START, n] = state[C_BEGUN]
     state[C_STEPS] = n + 1
     state[C_STEP] += 1
     state[C_EMPTY] = 0

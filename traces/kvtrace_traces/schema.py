@@ -73,7 +73,7 @@ INEXACT = {
     "partial-block": "the engine cached, moved or pinned a part of a block",
     "unattributed-blocks": "the owner of some allocated blocks could not be told",
     "prompt-embeddings": "prompts given as embeddings have no identity of the tracer's own",
-    "untested-engine": "this engine version was never checked against the tracer",
+    "untested-engine": "this engine version, or scheduler class, was never checked against the tracer",
     "attached-late": "recording began while requests were under way",
 }
 

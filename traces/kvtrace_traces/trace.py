@@ -45,7 +45,7 @@ def open_trace(path: str | Path, recover: str = "tail") -> Trace:
     for file in begun:
         segment = open_segment(file)
         runs[str(segment.header.get("run_id", file))].append(segment)
-    trace = Trace(path, [EngineLog(segments, recover) for segments in runs.values()])
+    trace = Trace(path, [EngineLog(segments, recover) for segments in runs.values()], recover)
     trace.warnings += [f"{file.name} was made ready and never written to" for file in files if file not in begun]
     return trace
 
@@ -62,12 +62,13 @@ def _with_segments(path: Path) -> list[Path]:
 class Trace:
     """A trace. Frames are decoded when first asked for and kept; their columns are ``schema.TABLES``.
 
-    ``path``; ``engines``: the headers, by engine; ``complete``: every log has its end record and nothing is missing;
+    ``path``; ``recover``: how it was read; ``engines``: the headers, by engine; ``complete``: every log has its end record and nothing is missing;
     ``warnings``: what the user should know; ``damaged_frames``: stretches of the log that did not check out.
     """
 
-    def __init__(self, path: Path, logs: list[EngineLog]) -> None:
+    def __init__(self, path: Path, logs: list[EngineLog], recover: str = "tail") -> None:
         self.path = path
+        self.recover = recover
         logs.sort(key=lambda log: (int(log.header.get("clock_wall_ns", 0)), log.segments[0].path.name))
         indices = [int(log.header.get("engine_index", 0)) for log in logs]
         self.warnings: list[str] = [note for log in logs for note in log.notes]

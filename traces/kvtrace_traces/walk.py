@@ -30,7 +30,7 @@ def words_of(body: bytes) -> array[int]:
 
 
 def operations(words: array[int]) -> Iterator[tuple[int, int]]:
-    """Yield ``(at, n)``: offset and number of words of each operation. Raises :class:`ValueError` where there is none."""
+    """Yield ``(at, n)``: offset and words of each operation. Raises :class:`ValueError` where there is none."""
     at = 0
     while at < len(words):
         n = size_at(words, at)

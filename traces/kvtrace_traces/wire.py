@@ -95,8 +95,13 @@ def version_of(data: bytes) -> str:
 
 
 def host_id() -> str:
-    """A name for this machine that does not give its own away: processes are told apart by host and number."""
-    return blake2b(socket.gethostname().encode(), digest_size=8, person=b"kvtrace").hexdigest()
+    """A name for this machine since it was started, which gives nothing away: a process number means something only there."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", "rb") as file:
+            boot = file.read()
+    except OSError:
+        boot = b""
+    return blake2b(boot + socket.gethostname().encode(), digest_size=8, person=b"kvtrace").hexdigest()
 
 
 class Commit(NamedTuple):

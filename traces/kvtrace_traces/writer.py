@@ -93,6 +93,7 @@ class LogWriter:
         self._error: OSError | None = None
         self._wake = threading.Event()
         self._closing = False
+        self._abandoned = False
         self._queue: deque[bytes] = deque()
         self._queued = 0
         self._base = 0  # file offset of the window
@@ -207,9 +208,10 @@ class LogWriter:
         self._limit = 0
 
     def close(self, end: dict[str, Any] | None) -> None:
-        """Write the end record (unless None), cut the file to its length and close it. Idempotent.
+        """Write the end record, and let the background thread cut the file to its length and close it. Idempotent.
 
-        Waits a moment for a disk that lags; what it does not take by then is recorded as lost.
+        Waits a moment for a disk that lags; what it does not take by then is recorded as lost. With ``end`` None (a
+        recording that failed while the engine serves) nothing is written and nobody waits.
         """
         if self._closing:
             return
@@ -226,19 +228,12 @@ class LogWriter:
         self._closing = True
         self._limit = 0
         self._wake.set()
-        self._thread.join(timeout=CLOSE_SECONDS)
-        if self._thread.is_alive():
-            return  # the disk hangs: leave the file as a killed process would
-        self._window.close()
-        for file, size in self._retired:
-            file.close(size)
-        self._file.close(self.segment_bytes)
-        if self._next is not None:
-            self._next.close(0)
-            os.unlink(self._next.path)
+        if end is not None:
+            self._thread.join(timeout=CLOSE_SECONDS)  # where the disk hangs, the file stays as a killed process leaves it
 
     def abandon(self) -> None:
         """In a forked child: forget the log without touching the parent's file."""
+        self._abandoned = True
         self._closing = True
         self._limit = 0
         self._queue.clear()
@@ -349,6 +344,24 @@ class LogWriter:
                     file.ahead.append(file.window())
                 self._wake.wait(None if not self._queue else 0.05)
                 self._wake.clear()
+        except OSError as error:
+            self._error = error
+        # After an error what is allocated can still be filled, and the loss recorded: close only when told to.
+        while not self._closing:
+            self._wake.wait()
+            self._wake.clear()
+        if self.pid == os.getpid() and not self._abandoned:
+            self._close_files()
+
+    def _close_files(self) -> None:
+        try:
+            self._window.close()
+            for file, size in self._retired:
+                file.close(size)
+            self._file.close(self.segment_bytes)
+            if self._next is not None:
+                self._next.close(0)
+                os.unlink(self._next.path)
         except OSError as error:
             self._error = error
 

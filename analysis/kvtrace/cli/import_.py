@@ -45,6 +45,9 @@ def command(format_: str, source: Path, out: Path, block_size: int | None, skip_
     done = importers.run(format_, source, out, skip_bad=skip_bad, force=force, progress=shown, block_size=block_size)
     told = [f"{key.replace('_', ' ')} {people.figure(key, done[key])}" for key in TOLD if done.get(key)]
     note(f"wrote {out}: {', '.join(told)}")
+    if done.get("odd_lengths"):
+        note(f"{done['odd_lengths']:,} requests have another number of ids than their prompt has blocks: their token-weighted "
+             "figures rest on the ids' blocks and the prompt's length as they stand")  # fmt: skip
     if done.get("left_out"):
         note(f"{done['left_out']:,} bad records were left out, the first: {done.get('first_left_out')}")
     note(f"next: kvtrace replay {out} --policy lru,fifo --capacity 50%,inf")

@@ -79,6 +79,8 @@ class Cli(click.Group):
         **extra: Any,
     ) -> NoReturn:
         """Run, and leave through SystemExit with one of the exit codes above."""
+        if sys.stdout is None:  # closed by the caller (`>&-`)
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for as long as the process lives
         try:
             code = self._run(args, prog_name or "kvtrace", complete_var, extra)
             sys.stdout.flush()

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+CSV_ROWS = 100_000  # written at a time
+
 
 @dataclass(frozen=True)
 class Output:
@@ -38,7 +40,10 @@ class Output:
         if self.kind == "json":
             write_json(frame, sys.stdout)
         elif self.kind == "csv":
-            flat_lists(frame).write_csv(sys.stdout)
+            # Through Python's own stdout: Polars tells of a closed pipe in words of its own.
+            for start in range(0, max(frame.height, 1), CSV_ROWS):
+                part = flat_lists(frame.slice(start, CSV_ROWS))
+                sys.stdout.write(part.write_csv(include_header=start == 0))
         elif self.parquet is not None:
             with replacing(self.parquet, self.force) as part:
                 frame.write_parquet(part)

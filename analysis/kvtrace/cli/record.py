@@ -21,6 +21,7 @@ from kvtrace_traces.trim import trim
 NOT_EXECUTABLE, NOT_FOUND = 126, 127  # as shells have it
 PASSED_ON = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
 SI_KERNEL = 0x80  # siginfo's si_code of a signal that came from the terminal, hence went to the whole group
+LEAST_BYTES = 8 << 10  # the header and a few steps
 READ_BACK_BYTES = 256 << 20  # a trace up to this size is opened for the closing summary
 _UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
           "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # fmt: skip
@@ -83,6 +84,8 @@ def command(out: Path, granule: int | None, max_bytes: int | None, argv: tuple[s
     it is overwritten. For launchers that cannot be wrapped, set KVTRACE_OUT=DIR
     (and KVTRACE_GRANULE, KVTRACE_MAX_BYTES).
     """
+    if max_bytes is not None and max_bytes < LEAST_BYTES:
+        raise UsageError(f"--max-bytes {max_bytes}: a log needs {LEAST_BYTES:,} bytes at the least")
     made = prepare(out)
     before = set(out.glob("*.kvt"))
     try:
@@ -94,6 +97,9 @@ def command(out: Path, granule: int | None, max_bytes: int | None, argv: tuple[s
         reason = error.strerror if found else "command not found"
         note(f"error: {argv[0]}: {reason}")
         return NOT_EXECUTABLE if found else NOT_FOUND
+    if made and not any(out.iterdir()):
+        with contextlib.suppress(OSError):
+            out.rmdir()
     try:
         report(sorted(set(out.glob("*.kvt")) - before), out)
     except Exception as error:  # the command is done: nothing of ours may change its exit code

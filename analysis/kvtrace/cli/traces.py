@@ -32,11 +32,10 @@ def complaints(trace: Trace) -> list[str]:
     """What is wrong with a trace, one line each; none for a whole one."""
     lines = [str(warning) for warning in trace.warnings]
     said = " ".join(lines).lower()
-    if trace.dropped and "dropped" not in said and "lost" not in said:
-        lines.append(f"{trace.dropped:,} events were dropped while recording")
-    if trace.damaged_frames and "damaged" not in said:
-        lines.append(f"{trace.damaged_frames:,} damaged frames were left out")
-    if not trace.complete and "end record" not in said:
+    for loss in trace.losses.iter_rows(named=True):
+        missing = f" ({loss['events']:,} block events)" if loss["events"] else ""
+        lines.append(f"incomplete, {loss['reason']}: {loss['detail']}{missing}")
+    if not trace.complete and not lines and "end record" not in said:
         lines.append("no end record: the engine was killed, or is still running")
     return lines
 

@@ -408,11 +408,12 @@ class Reader:
         self.preempt(number, tokens, blocks)
 
     def tables(self) -> dict[str, list[Row]]:
-        rows = []
-        for request in self.requests:
-            if request.row is not None:
-                rows.append({**request.row, "cached_tokens": request.cached, "preemptions": request.preemptions,
-                             "chain_granules": len(request.chain)})  # fmt: skip
+        rows = [
+            {**request.row, "cached_tokens": request.cached, "preemptions": request.preemptions,
+             "chain_granules": len(request.chain)}
+            for request in self.requests
+            if request.row is not None
+        ]  # fmt: skip
         return {
             "requests": rows, "steps": self.steps, "step_requests": self.step_requests, "lookups": self.lookups,
             "preemptions": self.preemptions, "block_events": self.events,

@@ -1,4 +1,4 @@
-"""What is read of a log that was cut, damaged or torn apart: every whole commit before the damage, and nothing made up."""
+"""What is read of a log that was cut, damaged or torn apart: all whole commits before it, and nothing made up."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_strict_refuses_what_tail_and_skip_read(tmp_path: Path, long: bytes) -> 
 def test_emitted_is_read_plus_dropped(tmp_path: Path, seed: int, recover: str) -> None:
     settings = generate.random_settings(seed)
     settings.steps, settings.frame_commits, settings.explicit, settings.ids = 100, 5, 0.0, 0
-    bodies, emitted = generate.play(settings)
+    _, emitted = generate.play(settings)
     path = generate.write(settings, tmp_path / "log")[0]
     data = path.read_bytes()
     found = commits(data)
@@ -123,7 +123,7 @@ def test_emitted_is_read_plus_dropped(tmp_path: Path, seed: int, recover: str) -
 @pytest.mark.parametrize("recover", ["tail", "skip"])
 def test_a_lost_page_in_the_middle(tmp_path: Path, recover: str) -> None:
     settings = generate.Settings(seed=2, steps=400, frame_commits=10, arrivals=0.8)
-    bodies, emitted = generate.play(settings)
+    _, emitted = generate.play(settings)
     data = bytearray(generate.write(settings, tmp_path / "log")[0].read_bytes())
     assert len(data) > 4 * 4096
     data[8192:12288] = bytes(4096)

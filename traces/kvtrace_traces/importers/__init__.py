@@ -79,7 +79,8 @@ def run(
     progress: Progress | None = None,
     block_size: int | None = None,
 ) -> dict[str, Any]:
-    """Import ``src`` as ``out``. Returns a summary for people: requests, references, left_out, content_ids, ...
+    """Import ``src`` as ``out``. Returns a summary for people: requests, references, left_out, content_ids,
+    odd_lengths (requests whose number of ids is not that of their prompt's blocks), ...
 
     Raises :class:`UsageError` for an unknown format or an output that exists, :class:`KvtraceError` for a bad record
     (naming line and reason) unless ``skip_bad``. Nothing is left behind after an error.
@@ -118,7 +119,7 @@ def run(
         "prefix_caching": True,
         "inexact": [],
     }
-    writer = RequestWriter(chosen.read(source), skip_bad, src)
+    writer = RequestWriter(chosen.read(source), skip_bad, src, granule)
     target = out.with_name(out.name + f".{os.getpid()}.part") if out.exists() else out
     try:
         write_file(str(target), header, writer.bodies, writer.end)
@@ -136,6 +137,7 @@ def run(
         "references": writer.references,
         "left_out": writer.left_out,
         "first_left_out": writer.first_bad,
+        "odd_lengths": writer.odd_lengths,
         "content_ids": open_trace(out).raw_ids() is not None,
         "bytes": out.stat().st_size,
     }

@@ -25,7 +25,7 @@ def _granule(source: Source) -> int:
     for _, line in source.lines():
         try:
             value = json.loads(line).get("block_size")
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             continue
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value

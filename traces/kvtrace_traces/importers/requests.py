@@ -36,13 +36,15 @@ class Record(NamedTuple):
 class RequestWriter:
     """Bodies of OPS commits from records. ``requests``, ``references``, ``left_out`` and ``first_bad`` count along."""
 
-    def __init__(self, records: Iterator[Record], skip_bad: bool, path: Path) -> None:
+    def __init__(self, records: Iterator[Record], skip_bad: bool, path: Path, granule: int) -> None:
         self._records = records
         self._skip_bad = skip_bad
         self._path = path
         self.requests = 0
         self.references = 0
         self.left_out = 0
+        self.odd_lengths = 0
+        self._granule = granule
         self.first_bad: str | None = None
 
     def bodies(self) -> Iterator[tuple[int, bytes]]:
@@ -88,7 +90,8 @@ class RequestWriter:
                 words.frombytes(piece)
             self.requests += len(record.ids)
             return
-        name = record.name.encode()[:4096]
+        self.odd_lengths += len(record.ids) != -(-record.prompt_tokens // self._granule)
+        name = record.name.encode("utf-8", "replace")[:4096].decode("utf-8", "ignore").encode()
         fixed = _REQUEST.pack(
             record.arrival_ns, record.arrival_ns / 1e9, record.prompt_tokens, record.output_tokens, 0,
             REQUEST_FINISHED, 0, record.output_tokens, len(name),

@@ -1,0 +1,84 @@
+"""Checks of a trace's tables against each other: what several of them tell of one thing must agree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import polars as pl
+
+
+def check(
+    name: str, rule: str, checked: int, mismatches: int, first: str | None = None, skipped: str | None = None
+) -> dict[str, Any]:
+    """One row of what ``verify`` returns."""
+    return {
+        "name": name,
+        "rule": rule,
+        "checked": int(checked),
+        "mismatches": int(mismatches),
+        "first": first,
+        "skipped": skipped,
+    }
+
+
+def across(trace: Any, mine: Any) -> list[dict[str, Any]]:
+    """Checks that need block events of an exactly followed engine. ``mine(frame)``: the rows of that engine."""
+    preemptions, spans, events = mine(trace.preemptions), mine(trace.step_spans), mine(trace.block_events)
+    steps, requests = mine(trace.steps), mine(trace.requests)
+    return [
+        _costs(preemptions, spans, events),
+        _preempted(preemptions, steps),
+        _bounds(requests, spans),
+        _times(events, steps),
+    ]
+
+
+def _costs(preemptions: pl.DataFrame, spans: pl.DataFrame, events: pl.DataFrame) -> dict[str, Any]:
+    """A preemption costs the blocks given up at its time, and the tokens computed until then."""
+    freed = events.filter(pl.col("kind") == "free").group_by("request", "time_ns").agg(pl.len().cast(pl.Int32).alias("freed"))
+    ends = spans.select(
+        "request",
+        last=(pl.col("first_step") + pl.col("steps") - 1).cast(pl.Int32),
+        computed=pl.col("computed_before") + pl.col("steps") * pl.col("tokens"),
+    ).sort("last")
+    told = preemptions.join(freed, on=["request", "time_ns"], how="left").sort("step")
+    told = told.join_asof(ends, left_on="step", right_on="last", by="request", check_sortedness=False)
+    wrong = told.filter(
+        (pl.col("blocks_lost") != pl.col("freed").fill_null(0)) | (pl.col("tokens_lost") != pl.col("computed").fill_null(0))
+    )
+    first = f"request {wrong['request'][0]} in step {wrong['step'][0]}" if wrong.height else None
+    rule = "a preempted request gave up the blocks it held, and lost the tokens it had computed"
+    return check("preemption costs", rule, told.height, wrong.height, first)
+
+
+def _preempted(preemptions: pl.DataFrame, steps: pl.DataFrame) -> dict[str, Any]:
+    """Steps count the preemptions since the step before; what came after the last step is in none."""
+    end = steps["start_ns"].max()
+    rows = preemptions.filter(pl.col("time_ns") <= end).height if end is not None else 0
+    told = int(steps["preempted"].sum())
+    rule = "the steps count as many preemptions as there are rows of them"
+    return check("preempted requests", rule, rows, abs(rows - told), None)
+
+
+def _bounds(requests: pl.DataFrame, spans: pl.DataFrame) -> dict[str, Any]:
+    """First and last step of a request are those of its spans."""
+    bounds = spans.group_by("request").agg(
+        first=pl.col("first_step").min(), last=(pl.col("first_step") + pl.col("steps") - 1).max().cast(pl.Int32)
+    )
+    told = requests.join(bounds, on="request", how="left")
+    wrong = told.filter(
+        pl.col("first_step").ne_missing(pl.col("first")) | pl.col("last_step").ne_missing(pl.col("last"))
+    )
+    first = f"request {wrong['request'][0]}" if wrong.height else None
+    rule = "a request's first and last step are those in which it was scheduled"
+    return check("first and last step", rule, told.height, wrong.height, first)
+
+
+def _times(events: pl.DataFrame, steps: pl.DataFrame) -> dict[str, Any]:
+    """Blocks are handed out and hit within scheduler calls: at the time at which their step began."""
+    asked = events.filter(pl.col("kind").is_in(["allocate", "hit"])).select("step", "time_ns", "group")
+    joined = asked.join(steps.select("step", "start_ns"), on="step", how="left")
+    wrong = joined.filter(pl.col("time_ns").ne_missing(pl.col("start_ns")) | pl.col("group").ne_missing(0))
+    first = f"step {wrong['step'][0]}" if wrong.height else None
+    rule = "blocks are handed out and hit in the scheduler call of their step"
+    return check("event steps", rule, joined.height, wrong.height, first)
