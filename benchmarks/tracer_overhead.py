@@ -5,8 +5,8 @@
 A real scheduler with a made-up model runs a scripted load; every 32 steps it goes over to another of four conditions:
 off, traced, off again (the control: what is left of the noise) and vLLM's KV events published over ZMQ. Repetitions
 shift the conditions, so that each step is met in each; the load is the same each time, and of a step in a condition the
-minimum counts. Timed is `schedule` + `update_from_output`; the first step after a change is left out everywhere. (Two engines
-side by side differ by some per cent even if neither is traced: where objects lie in memory matters more.)
+minimum counts. Timed is `schedule` + `update_from_output`; the first step after a change is left out everywhere.
+(Two engines side by side differ by some per cent even if neither is traced: where objects lie in memory matters more.)
 Needs the engine (`make engine`).
 """
 

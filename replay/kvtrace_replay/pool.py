@@ -217,8 +217,8 @@ def _miss(mismatches, first, check, row):  # type: ignore[no-untyped-def]
 
 @njit
 def _follow(  # type: ignore[no-untyped-def]
-    kinds, requests, blocks, identities, indptr, chains, per_block, same, looked, asked, found, counted, block_size, front,
-    state, tails, lengths, nodes, at, free_counts, mismatches, first,
+    kinds, requests, blocks, identities, indptr, chains, per_block, same, looked, asked, found, counted,
+    block_size, front, state, tails, lengths, nodes, at, free_counts, mismatches, first,
 ):  # fmt: skip
     total = state.shape[1]
     for block in range(1, total):

@@ -35,7 +35,11 @@ def across(trace: Any, mine: Any) -> list[dict[str, Any]]:
 
 def _costs(preemptions: pl.DataFrame, spans: pl.DataFrame, events: pl.DataFrame) -> dict[str, Any]:
     """A preemption costs the blocks given up at its time, and the tokens computed until then."""
-    freed = events.filter(pl.col("kind") == "free").group_by("request", "time_ns").agg(pl.len().cast(pl.Int32).alias("freed"))
+    freed = (
+        events.filter(pl.col("kind") == "free")
+        .group_by("request", "time_ns")
+        .agg(pl.len().cast(pl.Int32).alias("freed"))
+    )
     ends = spans.select(
         "request",
         last=(pl.col("first_step") + pl.col("steps") - 1).cast(pl.Int32),
@@ -44,7 +48,8 @@ def _costs(preemptions: pl.DataFrame, spans: pl.DataFrame, events: pl.DataFrame)
     told = preemptions.join(freed, on=["request", "time_ns"], how="left").sort("step")
     told = told.join_asof(ends, left_on="step", right_on="last", by="request", check_sortedness=False)
     wrong = told.filter(
-        (pl.col("blocks_lost") != pl.col("freed").fill_null(0)) | (pl.col("tokens_lost") != pl.col("computed").fill_null(0))
+        (pl.col("blocks_lost") != pl.col("freed").fill_null(0))
+        | (pl.col("tokens_lost") != pl.col("computed").fill_null(0))
     )
     first = f"request {wrong['request'][0]} in step {wrong['step'][0]}" if wrong.height else None
     rule = "a preempted request gave up the blocks it held, and lost the tokens it had computed"

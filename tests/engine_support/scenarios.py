@@ -145,9 +145,10 @@ class traced:
 
 
 def both_ways(folder: str, model: str, seed: int) -> dict[str, Any]:
-    """One run recorded twice: by following block tables, and explicitly, as for engines whose tables are not followed."""
-    import kvtrace_tracer.header
+    """One run recorded twice: by following block tables, and explicitly, as for engines that have no such tables."""
     import polars as pl
+
+    import kvtrace_tracer.header
     from kvtrace_traces import open_trace
 
     from .stub import StubEngine

@@ -154,7 +154,9 @@ class Hooks:
                 held += (entry.number, blocks, entry.filled, entry.chain)
         words.extend((state.running, state.waiting, len(state.steps), len(held) // 4))
         for rid, tokens in state.last.items():
-            known, request = state.entries.get(rid), requests.get(rid)
+            # One that has gone since is in the set no more; its number would put it back.
+            known = None if rid in state.gone else state.entries.get(rid)
+            request = requests.get(rid)
             number = NO_REQUEST if known is None else known.number
             words.extend((number, tokens, max(0, request.num_computed_tokens - tokens) if request else 0))
         words.extend(held)

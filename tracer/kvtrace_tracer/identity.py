@@ -45,7 +45,7 @@ def keyed_hash(key: bytes | None) -> Callable[[bytes], bytes]:
 
 
 def _hash_is_secret() -> bool:
-    """Whether this process drew the secret of its hash itself. The environment may have been changed since its start."""
+    """Whether this process drew the secret of its hash itself. Its environment may have been changed since it began."""
     try:
         with open("/proc/self/environ", "rb") as file:
             given = dict(entry.partition(b"=")[::2] for entry in file.read().split(b"\0"))

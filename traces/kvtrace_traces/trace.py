@@ -62,8 +62,9 @@ def _with_segments(path: Path) -> list[Path]:
 class Trace:
     """A trace. Frames are decoded when first asked for and kept; their columns are ``schema.TABLES``.
 
-    ``path``; ``recover``: how it was read; ``engines``: the headers, by engine; ``complete``: every log has its end record and nothing is missing;
-    ``warnings``: what the user should know; ``damaged_frames``: stretches of the log that did not check out.
+    ``path``; ``recover``: how it was read; ``engines``: the headers, by engine; ``complete``: every log has its end
+    record and nothing is missing; ``warnings``: what the user should know; ``damaged_frames``: stretches of the log
+    that did not check out.
     """
 
     def __init__(self, path: Path, logs: list[EngineLog], recover: str = "tail") -> None:

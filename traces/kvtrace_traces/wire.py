@@ -95,7 +95,7 @@ def version_of(data: bytes) -> str:
 
 
 def host_id() -> str:
-    """A name for this machine since it was started, which gives nothing away: a process number means something only there."""
+    """A name for this machine since its last start, which gives nothing away; a process number needs it to mean one."""
     try:
         with open("/proc/sys/kernel/random/boot_id", "rb") as file:
             boot = file.read()

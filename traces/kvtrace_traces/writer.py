@@ -229,7 +229,9 @@ class LogWriter:
         self._limit = 0
         self._wake.set()
         if end is not None:
-            self._thread.join(timeout=CLOSE_SECONDS)  # where the disk hangs, the file stays as a killed process leaves it
+            self._thread.join(
+                timeout=CLOSE_SECONDS
+            )  # where the disk hangs, the file stays as a killed process leaves it
 
     def abandon(self) -> None:
         """In a forked child: forget the log without touching the parent's file."""

@@ -46,8 +46,10 @@ def command(format_: str, source: Path, out: Path, block_size: int | None, skip_
     told = [f"{key.replace('_', ' ')} {people.figure(key, done[key])}" for key in TOLD if done.get(key)]
     note(f"wrote {out}: {', '.join(told)}")
     if done.get("odd_lengths"):
-        note(f"{done['odd_lengths']:,} requests have another number of ids than their prompt has blocks: their token-weighted "
-             "figures rest on the ids' blocks and the prompt's length as they stand")  # fmt: skip
+        note(
+            f"{done['odd_lengths']:,} requests have another number of ids than their prompt has blocks; "
+            "token-weighted figures take both as they stand"
+        )
     if done.get("left_out"):
         note(f"{done['left_out']:,} bad records were left out, the first: {done.get('first_left_out')}")
     note(f"next: kvtrace replay {out} --policy lru,fifo --capacity 50%,inf")

@@ -42,8 +42,8 @@ class Output:
         elif self.kind == "csv":
             # Through Python's own stdout: Polars tells of a closed pipe in words of its own.
             for start in range(0, max(frame.height, 1), CSV_ROWS):
-                part = flat_lists(frame.slice(start, CSV_ROWS))
-                sys.stdout.write(part.write_csv(include_header=start == 0))
+                piece = flat_lists(frame.slice(start, CSV_ROWS))
+                sys.stdout.write(piece.write_csv(include_header=start == 0))
         elif self.parquet is not None:
             with replacing(self.parquet, self.force) as part:
                 frame.write_parquet(part)
