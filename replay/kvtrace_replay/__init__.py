@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kvtrace_replay.cache.runs import SEMANTICS, replay, replay_requests
     from kvtrace_replay.capacity import parse_capacity
     from kvtrace_replay.policies.registry import find_policy, load_policy_file
+    from kvtrace_replay.schedulers.sweep import simulate
     from kvtrace_replay.workload.model import Workload
     from kvtrace_replay.workload.recorded import from_trace
 
@@ -27,6 +28,7 @@ _HOMES = {
     "parse_capacity": "kvtrace_replay.capacity",
     "replay": "kvtrace_replay.cache.runs",
     "replay_requests": "kvtrace_replay.cache.runs",
+    "simulate": "kvtrace_replay.schedulers.sweep",
 }
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "parse_capacity",
     "replay",
     "replay_requests",
+    "simulate",
 ]
 
 

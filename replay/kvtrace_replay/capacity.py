@@ -14,6 +14,7 @@ from kvtrace_traces.errors import UsageError
 
 INFINITE = math.inf
 _FORMS = "write blocks (1000, 10k, 2M), a share (50%), tokens (65536tok), memory (8GiB, 500MB) or inf"
+_AMOUNTS = "write blocks (1000, 10k), tokens (65536tok) or memory (8GiB, 500MB)"
 _NUMBER = re.compile(r"([+-]?(?:\d+(?:_\d+)*(?:\.\d*)?|\.\d+)(?:e[+-]?\d{1,3})?)\s*([a-z%]*)", re.IGNORECASE)
 _COUNTS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 _BYTES = {"b": 1, **{f"{p}b": 1000**i for i, p in enumerate("kmgt", 1)}}
@@ -46,31 +47,51 @@ def parse_capacity(text: str | int | float, workload: Workload, semantics: str =
     word = text.strip().lower()
     if word in ("inf", "infinite", "infinity"):
         return INFINITE
+    number, unit = _split(word, shown)
+    if unit == "%":
+        per = Fraction(distinct_blocks(workload, semantics), 100)
+    else:
+        per = _blocks_per(unit, shown, workload.block_size, workload.bytes_per_block)
+    return _at_least_one(math.floor(number * per), shown)
+
+
+def parse_amount(value: str | int, block_size: int, bytes_per_block: int | None, what: str) -> int:
+    """A number of blocks: an int, or a text in blocks (`1000`, `10k`), tokens or bytes, floored.
+
+    `what` names the option in the UsageError that is raised for anything else, or for less than one block.
+    """
+    shown = f"{value!r} for {what}"
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        return _at_least_one(int(value), shown, _AMOUNTS)
+    number, unit = _split(str(value).strip().lower(), shown, _AMOUNTS)
+    per = _blocks_per(unit, shown, block_size, bytes_per_block, _AMOUNTS)
+    return _at_least_one(math.floor(number * per), shown, _AMOUNTS)
+
+
+def _split(word: str, shown: str, forms: str = _FORMS) -> tuple[Fraction, str]:
     match = _NUMBER.fullmatch(word)
     if match is None:
-        raise UsageError(f"capacity {shown} is not a size: {_FORMS}")
-    number, unit = Fraction(match[1].replace("_", "")), match[2]  # exact: 0.29 * 100 blocks is 29, not 28
+        raise UsageError(f"capacity {shown} is not a size: {forms}")
+    number = Fraction(match[1].replace("_", ""))  # exact: 0.29 * 100 blocks is 29, not 28
     if number < 0:
-        raise UsageError(f"capacity {shown} is negative: {_FORMS}")
-    return _at_least_one(math.floor(number * _blocks_per(unit, shown, workload, semantics)), shown)
+        raise UsageError(f"capacity {shown} is negative: {forms}")
+    return number, match[2]
 
 
-def _blocks_per(unit: str, shown: str, workload: Workload, semantics: str) -> Fraction:
+def _blocks_per(unit: str, shown: str, block_size: int, bytes_per_block: int | None, forms: str = _FORMS) -> Fraction:
     if unit in _COUNTS:
         return Fraction(_COUNTS[unit])
-    if unit == "%":
-        return Fraction(distinct_blocks(workload, semantics), 100)
     for suffix in ("tokens", "token", "toks", "tok"):
         if unit.endswith(suffix) and unit.removesuffix(suffix) in _COUNTS:
-            return Fraction(_COUNTS[unit.removesuffix(suffix)], workload.block_size)
+            return Fraction(_COUNTS[unit.removesuffix(suffix)], block_size)
     if unit in _BYTES:
-        if not workload.bytes_per_block:
+        if not bytes_per_block:
             raise UsageError(
                 f"capacity {shown} is in bytes, but this trace does not know the bytes of a block: "
                 "give it in blocks, tokens (65536tok) or as a share (50%)"
             )
-        return Fraction(_BYTES[unit], workload.bytes_per_block)
-    raise UsageError(f"capacity {shown} has the unknown unit {unit!r}: {_FORMS}")
+        return Fraction(_BYTES[unit], bytes_per_block)
+    raise UsageError(f"capacity {shown} has the unknown unit {unit!r}: {forms}")
 
 
 def distinct_blocks(workload: Workload, semantics: str) -> int:
@@ -80,7 +101,7 @@ def distinct_blocks(workload: Workload, semantics: str) -> int:
     return workload.n_identities
 
 
-def _at_least_one(blocks: int, shown: str) -> int:
+def _at_least_one(blocks: int, shown: str, forms: str = _FORMS) -> int:
     if blocks < 1:
-        raise UsageError(f"capacity {shown} comes to 0 blocks: give 1 block or more ({_FORMS})")
+        raise UsageError(f"capacity {shown} comes to 0 blocks: give 1 block or more ({forms})")
     return blocks

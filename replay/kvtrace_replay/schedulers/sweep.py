@@ -1,0 +1,252 @@
+"""`simulate`: one recorded trace, many settings of the scheduler that recorded it; a row for each."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from kvtrace_replay.capacity import parse_amount
+from kvtrace_replay.schedulers.recorded import Recorded, recorded
+from kvtrace_replay.schedulers.settings import POLICIES, VARIABLE, Settings, own_settings
+from kvtrace_replay.schedulers.vllm_v1.run import Run, compile_for, simulate_run
+from kvtrace_traces.errors import UsageError
+
+ENGINES = ("vllm-v1",)
+WHOLE = ("block_size", "max_num_seqs", "max_num_batched_tokens", "long_prefill_token_threshold")
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One cell of a grid. `run` is None where `failed` says why there is none; `why` names what keeps a prediction
+    from being bound to be exact (empty: it is)."""
+
+    recorded: Recorded
+    settings: Settings
+    arrivals: str
+    run: Run | None
+    failed: str | None
+    why: tuple[str, ...]
+
+
+#: Names of what keeps a prediction from being exact, and what they mean. Exact always means: given equal tokens.
+WHY = {
+    "wall-clock-arrivals": "requests came while the engine ran; at other settings they would meet other steps",
+    "idle-arrivals": "requests came when an asynchronous engine had run dry, which is simulated as if just before",
+    "unfinished-requests": "the trace ends before some requests do; they run to their maximum here",
+    "aborted-beyond-record": "an aborted request got further than recorded; the tokens it made there are not known",
+    "cache-reset": "the prefix cache was reset while recording; that is not simulated",
+    "untested-engine": "the trace was recorded from an engine version that the tracer was never checked on",
+    "newer-engine": "the engine is newer than the rules known here (0.32)",
+    "multimodal": "the model takes images or sound, whose encoder budget is not simulated",
+    "lora": "a limit on adapters in a batch is not simulated",
+    "data-parallel": "data-parallel engines may hold back prefills together",
+    "pipeline-parallel": "pipeline parallelism schedules more batches ahead than are simulated",
+    "lossy": "a part of the log is missing",
+}
+
+
+def simulate(
+    trace: Any,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    engine: str = "vllm-v1",
+    engine_index: int | None = None,
+    arrivals: str = "step",
+    step_rows: bool = False,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Cell]:
+    """Run the requests of one engine of `trace` again at every combination of `settings`.
+
+    Args:
+        trace: a `kvtrace_traces` Trace.
+        settings: names of `settings.VARIABLE` to a value or a list of values; what is not named is the trace's own.
+            `num_blocks` takes a number, or an amount such as `10k`, `8GiB` or `65536tok` of usable blocks.
+        engine: the scheduler's model, one of ENGINES.
+        arrivals: a name of `recorded.ARRIVALS`.
+        threads: runs at a time; default one per core.
+        progress: called with (cells done, cells in all).
+
+    Returns a cell per combination, the last setting varying fastest. A cell that cannot be run says why, unless it is
+    the only one: then UsageError is raised, as for a setting that vLLM refuses or a name that is none. KvtraceError
+    for a trace that cannot be simulated.
+    """
+    if engine not in ENGINES:
+        raise UsageError(f"--engine {engine} is none of {', '.join(ENGINES)}")
+    source = recorded(trace, engine_index)
+    own = own_settings(source.header)
+    cells = grid(source, own, settings or {})
+    source.arrivals(arrivals)  # complains before anything runs
+
+    compile_for(source, own)
+
+    def one(chosen: Settings | str) -> tuple[Run | None, str | None]:
+        if isinstance(chosen, str):
+            return None, chosen
+        try:
+            return simulate_run(source, chosen, arrivals=arrivals, step_rows=step_rows), None
+        except UsageError as error:
+            return None, str(error)
+
+    done: list[tuple[Run | None, str | None]] = []
+    with ThreadPoolExecutor(min(threads or _cores(), len(cells))) as pool:
+        for result in pool.map(one, [chosen for _, chosen in cells]):
+            done.append(result)
+            if progress:
+                progress(len(done), len(cells))
+    if len(cells) == 1 and done[0][1] is not None:
+        raise UsageError(done[0][1])
+    return [
+        Cell(source, asked, arrivals, run, failed, why_not_exact(trace, source, asked, own, arrivals, run))
+        for (asked, _), (run, failed) in zip(cells, done, strict=True)
+    ]
+
+
+def grid(source: Recorded, own: Settings, settings: Mapping[str, Any]) -> list[tuple[Settings, Settings | str]]:
+    """Every combination: its settings, and the same again or why vLLM refuses them."""
+    unknown = set(settings) - set(VARIABLE)
+    if unknown:
+        raise UsageError(f"no setting is called {', '.join(sorted(unknown))}: known are {', '.join(VARIABLE)}")
+    named = [name for name in VARIABLE if settings.get(name) is not None]
+    lists = [[_value(name, value, own) for value in _listed(settings[name])] for name in named]
+    cells: list[tuple[Settings, Settings | str]] = []
+    for values in itertools.product(*lists):
+        changes = dict(zip(named, values, strict=True))
+        size = changes.get("block_size", own.block_size)
+        if "block_size" in changes:
+            source.stride(size)
+        if "num_blocks" in changes:
+            changes["num_blocks"] = _num_blocks(changes["num_blocks"], source, size)
+        asked = own.changed_to(**changes)
+        try:
+            if changes:
+                asked.check()
+            cells.append((asked, asked))
+        except UsageError as error:
+            if math.prod(map(len, lists)) == 1:
+                raise
+            cells.append((asked, str(error)))
+    return cells
+
+
+def _value(name: str, value: Any, own: Settings) -> Any:
+    """The value as `Settings` has it. Raises UsageError for one that no engine takes, whatever the others are."""
+    option = "--" + name.replace("_", "-")
+    if name == "scheduling_policy" and value not in POLICIES:
+        raise UsageError(f"{option} {value} is none of {', '.join(POLICIES)}")
+    if name in ("prefix_caching", "chunked_prefill", "async_scheduling") and not isinstance(value, bool):
+        raise UsageError(f"{option} {value!r} is neither True nor False")
+    if name == "watermark":
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < 1:
+            raise UsageError(f"{option} {value} must be a share of the blocks, from 0 to below 1")
+        if value and not own.rules.watermark:
+            raise UsageError(f"{option} {value}: the recorded version of vLLM has no watermark, it came with 0.24")
+        return float(value)
+    if name in WHOLE:
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise UsageError(f"{option} {value!r} is no whole number")
+        return int(value)
+    return value
+
+
+def _num_blocks(value: Any, source: Recorded, block_size: int) -> int:
+    """The engine's figure, null block included. Amounts in bytes or tokens are floored."""
+    per_block = source.header.get("bytes_per_block")
+    scaled = None if per_block is None else int(per_block) * block_size // int(source.header["block_size"])
+    return parse_amount(value, block_size, scaled, "--num-blocks")
+
+
+def why_not_exact(
+    trace: Any, source: Recorded, settings: Settings, own: Settings, arrivals: str, run: Run | None
+) -> tuple[str, ...]:
+    """Names of WHY that hold. See there."""
+    header = source.header
+    scheduler, parallel = header["scheduler"], header.get("parallel") or {}
+    aborted = source.abort_step >= -1
+    online = arrivals == "step" and (bool(source.arrival_step.any()) or bool(aborted.any()))
+    version = str(header.get("engine_version"))
+    holds = {
+        "wall-clock-arrivals": online and settings != own,
+        "idle-arrivals": online and settings.async_scheduling and came_after_all_output(trace, source),
+        "unfinished-requests": source.unfinished > 0,
+        "aborted-beyond-record": run is not None and run.guessed > 0 and bool(aborted.any()),
+        "cache-reset": source.resets > 0,
+        "untested-engine": "untested-engine" in header.get("inexact", ()),
+        "newer-engine": newer_than_known(version),
+        "multimodal": bool(scheduler.get("multimodal")),
+        "lora": scheduler.get("max_loras") is not None and bool(source.tenant.any()),
+        "data-parallel": (parallel.get("data") or 1) > 1,
+        "pipeline-parallel": (parallel.get("pipeline") or 1) > 1,
+        "lossy": bool(trace.lossy),
+    }
+    return tuple(name for name in WHY if holds[name])
+
+
+def came_after_all_output(trace: Any, source: Recorded) -> bool:
+    """Whether some request came when the output of every step had arrived."""
+    steps = trace.steps.filter(pl.col("engine_index") == source.header["engine_index"])
+    ends = steps["end_ns"].cast(pl.Int64).fill_null(np.iinfo(np.int64).max).to_numpy()
+    later = np.flatnonzero((source.arrival_step > 0) & (source.arrival_step <= len(ends)))
+    return bool((source.arrival_ns[later] >= ends[source.arrival_step[later] - 1]).any())
+
+
+def newer_than_known(version: str) -> bool:
+    """Whether `version` is past the last minor version whose sources were read."""
+    parts = version.lstrip("v").split(".")
+    return len(parts) > 1 and parts[0].isdigit() and parts[1].isdigit() and (int(parts[0]), int(parts[1])) > (0, 32)
+
+
+def rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """The contract's rows: counts of each run, times null (a trace's steps carry no cost yet), `exact` and `why`."""
+    return [_row(cell) for cell in cells]
+
+
+def _row(cell: Cell) -> dict[str, Any]:
+    run, settings = cell.run, cell.settings
+    done = run is not None
+
+    def of(name: str) -> Any:
+        return getattr(run, name) if done else None
+
+    return {
+        "engine": "vllm-v1",
+        **{name: getattr(settings, name) for name in VARIABLE},
+        "arrivals": cell.arrivals,
+        "requests": cell.recorded.n_requests,
+        "steps": of("steps"),
+        "preemptions": of("preemptions"),
+        "evictions": of("evictions"),
+        "hit_tokens": of("hit_tokens"),
+        "lookup_tokens": of("lookup_tokens"),
+        "token_hit_ratio": run.hit_tokens / run.lookup_tokens if run and run.lookup_tokens else None,
+        "hit_tokens_after_preemption": of("hit_tokens_after"),
+        "duration_s": None,
+        "ttft_p50_s": None,
+        "ttft_p99_s": None,
+        "itl_p50_s": None,
+        "itl_p99_s": None,
+        "output_tokens_per_s": None,
+        "exact": (not cell.why) if done else None,
+        "why": cell.failed or ", ".join(cell.why) or None,
+        "seconds": of("seconds"),
+    }
+
+
+def _listed(value: Any) -> list[Any]:
+    many = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    if not many:
+        raise UsageError("an empty list of settings: name at least one value")
+    return many
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,202 @@
+"""Who is evicted: the engine's own free queue, or an eviction policy of the open loop in its place.
+
+Four operations on the pool depend on it, chosen by the type of a tag as in `cache.hooks`. With the engine's own rule
+(`Native`) they are those of `blocks`. With a policy, its objects are identities:
+
+- free blocks that hold none stand in the free queue and are handed out first, in the engine's order;
+- an identity is pinned while a request holds one of its blocks; the policy chooses among the others;
+- of several blocks with one identity all but one are forgotten when they are given up, and go to the free queue.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from numba.extending import overload
+
+from kvtrace_replay.cache.hooks import evict, hit, insert, pin, unpin
+from kvtrace_replay.schedulers.vllm_v1 import blocks as own
+from kvtrace_replay.schedulers.vllm_v1.layout import (
+    B_IDENTITY,
+    B_NEXT,
+    B_REFS,
+    B_TWIN_NEXT,
+    G_ALLOCATED,
+    G_BAD_VICTIM,
+    G_EVICTIONS,
+    G_FREE,
+    G_POLICY_CLOCK,
+    NO_IDENTITY,
+)
+from kvtrace_traces.compile import njit
+
+ABSENT = -1  # pins of an identity that is not cached
+
+
+class Native(NamedTuple):
+    """The tag of the engine's own rule."""
+
+    code: int
+
+
+# ---------------------------------------------------------------- the engine's own rule
+
+
+@njit(cache=False)
+def _native_take(tag, pol, blk, first, g, key):
+    return own.take_block(blk, first, g)
+
+
+@njit(cache=False)
+def _native_touch(tag, pol, blk, g, block):
+    own.touch(blk, g, block)
+
+
+@njit(cache=False)
+def _native_remember(tag, pol, blk, first, g, block, identity):
+    own.remember(blk, first, block, identity)
+
+
+@njit(cache=False)
+def _native_give_back(tag, pol, blk, first, g, table, n, uncached_first):
+    own.give_back(blk, g, table, n, uncached_first)
+
+
+# ---------------------------------------------------------------- a policy: `pol` is (pins, eight arrays of its state)
+
+
+@njit(cache=False)
+def _policy_take(tag, pol, blk, first, g, key):
+    block = blk[blk.shape[0] - 1, B_NEXT]
+    if block != blk.shape[0] - 1:
+        own.unlink_free(blk, g, block)
+    else:
+        pins = pol[0]
+        victim = evict(
+            tag, key, g[G_POLICY_CLOCK], pins, pol[1], pol[2], pol[3], pol[4], pol[5], pol[6], pol[7], pol[8]
+        )
+        if victim < 0 or victim >= pins.shape[0] or pins[victim] != 0:
+            g[G_BAD_VICTIM] = 1  # the run is void; go on with any, so that it ends
+            victim = 0
+            while pins[victim] != 0:
+                victim += 1
+        pins[victim] = ABSENT
+        block = first[victim]
+        own.forget(blk, first, block)
+        g[G_EVICTIONS] += 1
+        g[G_FREE] -= 1
+    blk[block, B_REFS] = 1
+    g[G_ALLOCATED] += 1
+    return block
+
+
+@njit(cache=False)
+def _policy_touch(tag, pol, blk, g, block):
+    key, pins = blk[block, B_IDENTITY], pol[0]
+    hit(tag, key, pins[key] > 0, g[G_POLICY_CLOCK], pol[1], pol[2], pol[3], pol[4], pol[5], pol[6], pol[7], pol[8])
+    g[G_POLICY_CLOCK] += 1
+    if pins[key] == 0:
+        pin(tag, key, pol[1], pol[2], pol[3], pol[4], pol[5], pol[6], pol[7], pol[8])
+        g[G_FREE] -= 1
+    pins[key] += 1
+    blk[block, B_REFS] += 1
+
+
+@njit(cache=False)
+def _policy_remember(tag, pol, blk, first, g, block, identity):
+    own.remember(blk, first, block, identity)
+    if identity < 0:
+        return
+    pins = pol[0]
+    if pins[identity] == ABSENT:
+        insert(tag, identity, g[G_POLICY_CLOCK], pol[1], pol[2], pol[3], pol[4], pol[5], pol[6], pol[7], pol[8])
+        pin(tag, identity, pol[1], pol[2], pol[3], pol[4], pol[5], pol[6], pol[7], pol[8])
+        pins[identity] = 0
+    else:
+        hit(
+            tag, identity, pins[identity] > 0, g[G_POLICY_CLOCK], pol[1], pol[2], pol[3], pol[4], pol[5], pol[6],
+            pol[7], pol[8],
+        )  # fmt: skip
+        if pins[identity] == 0:
+            pin(tag, identity, pol[1], pol[2], pol[3], pol[4], pol[5], pol[6], pol[7], pol[8])
+    g[G_POLICY_CLOCK] += 1
+    pins[identity] += 1
+
+
+@njit(cache=False)
+def _policy_give_back(tag, pol, blk, first, g, table, n, uncached_first):
+    front, pins = blk.shape[0] - 1, pol[0]
+    for i in range(n - 1, -1, -1):
+        block = table[i]
+        key = blk[block, B_IDENTITY]
+        blk[block, B_REFS] -= 1
+        if key >= 0:
+            pins[key] -= 1
+        if blk[block, B_REFS] > 0:
+            continue
+        if key >= 0 and (blk[block, B_TWIN_NEXT] == block):
+            unpin(tag, key, pol[1], pol[2], pol[3], pol[4], pol[5], pol[6], pol[7], pol[8])
+            g[G_FREE] += 1
+            continue
+        if key != NO_IDENTITY:  # a duplicate, or tokens that nobody can ask for again
+            own.forget(blk, first, block)
+        if uncached_first:
+            own.insert_free_after(blk, g, front, block)
+            front = block
+        else:
+            own.append_free(blk, g, block)
+
+
+# ---------------------------------------------------------------- by the tag
+
+
+def _chosen(tag: Any, native: Any, by_policy: Any) -> Any:
+    return native if tag.instance_class is Native else by_policy
+
+
+def take_block(tag, pol, blk, first, g, key):
+    """Hand out a block, which is to hold `key` (the last identity of the trace where that is not known)."""
+    return (_native_take if isinstance(tag, Native) else _policy_take)(tag, pol, blk, first, g, key)
+
+
+def touch(tag, pol, blk, g, block):
+    """A request takes a reference to a cached block."""
+    (_native_touch if isinstance(tag, Native) else _policy_touch)(tag, pol, blk, g, block)
+
+
+def remember(tag, pol, blk, first, g, block, identity):
+    """A block that a request holds becomes cached."""
+    (_native_remember if isinstance(tag, Native) else _policy_remember)(tag, pol, blk, first, g, block, identity)
+
+
+def give_back(tag, pol, blk, first, g, table, n, uncached_first):
+    """A request gives up its `n` blocks, last first."""
+    chosen = _native_give_back if isinstance(tag, Native) else _policy_give_back
+    chosen(tag, pol, blk, first, g, table, n, uncached_first)
+
+
+@overload(take_block)
+def _take_block(tag, pol, blk, first, g, key):
+    chosen = _chosen(tag, _native_take, _policy_take)
+    return lambda tag, pol, blk, first, g, key: chosen(tag, pol, blk, first, g, key)
+
+
+@overload(touch)
+def _touch(tag, pol, blk, g, block):
+    chosen = _chosen(tag, _native_touch, _policy_touch)
+    return lambda tag, pol, blk, g, block: chosen(tag, pol, blk, g, block)
+
+
+@overload(remember)
+def _remember(tag, pol, blk, first, g, block, identity):
+    chosen = _chosen(tag, _native_remember, _policy_remember)
+    return lambda tag, pol, blk, first, g, block, identity: chosen(tag, pol, blk, first, g, block, identity)
+
+
+@overload(give_back)
+def _give_back(tag, pol, blk, first, g, table, n, uncached_first):
+    chosen = _chosen(tag, _native_give_back, _policy_give_back)
+    return lambda tag, pol, blk, first, g, table, n, uncached_first: chosen(
+        tag, pol, blk, first, g, table, n, uncached_first
+    )

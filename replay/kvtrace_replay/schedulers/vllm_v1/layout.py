@@ -1,0 +1,70 @@
+"""Where the compiled scheduler keeps what: the columns of its arrays.
+
+All state lives in a few arrays, so that a run can stop at any scheduler call, hand its log to Python and go on.
+"""
+
+from __future__ import annotations
+
+# Requests: `req`, int32[n + 1, 16], 64 bytes each. Row n is no request: its links are the ends of the queues.
+(
+    R_STATUS, R_COMPUTED, R_TOKENS, R_BLOCKS, R_CACHED, R_FLIGHT, R_STALE, R_HOLDERS,
+    R_SLOT, R_RUN_NEXT, R_RUN_PREV, R_WAIT_NEXT, R_WAIT_PREV, R_CALL, R_PREEMPTIONS, R_FLAGS,
+) = range(16)  # fmt: skip
+R_FIELDS = 16
+#: R_STATUS
+NEW, WAITING, PREEMPTED, FINISHED, RUNNING = range(5)
+FLAG_STEADY = 2  # it only decodes, and its row stands still: see `steady`
+FLAG_CHUNK = 1  # the last call scheduled a part of its prefill (`Request.is_prefill_chunk`)
+
+# Limits of requests: `lim`, int32[n, 5]: tokens of the prompt, tokens it ends at, the most it may have, whether it may
+# not read the cache, and why it ends (schema.FINISH_REASONS).
+L_PROMPT, L_STOP, L_MOST, L_NO_READ, L_REASON = range(5)
+# Results of requests: `out`, int32[n, 6].
+O_FIRST, O_LAST, O_FINISH, O_CACHED, O_REASON, O_HIT = range(6)
+O_FIELDS = 6
+
+# Blocks: `blk`, int32[num_blocks + 1, 6]. The last row is no block: its links are the ends of the free queue.
+B_REFS, B_IDENTITY, B_NEXT, B_PREV, B_TWIN_NEXT, B_TWIN_PREV = range(6)
+B_FIELDS = 6
+NO_IDENTITY = -1
+GUESSED = -2  # cached, and equal to no other: tokens that the trace does not know
+
+# Running requests, by the slot of their block table: `st`, int64[slots, 16]. All but the order is of steady ones alone:
+# the steady calls and outputs before, its blocks and those cached, its chain and its length, the steady output that is
+# its last, whether the call before that leaves it out, its phase, and the links of the lists of phases and ends.
+(
+    ST_ORDER, ST_REQUEST, ST_CALLS, ST_OUTPUTS, ST_BLOCKS, ST_CACHED, ST_CHAIN, ST_KNOWN, ST_END, ST_SKIPS, ST_PHASE,
+    ST_PHASE_NEXT, ST_PHASE_PREV, ST_END_NEXT, ST_END_PREV,
+) = range(15)  # fmt: skip
+ST_FIELDS = 16
+
+# Settings: `p`, int64.
+(
+    P_BLOCK_SIZE, P_MAX_SEQS, P_MAX_TOKENS, P_MAX_BATCHED, P_CACHING, P_CHUNKED, P_LONG, P_LONG_ADAPTIVE, P_PRIORITY,
+    P_ASYNC, P_DEPTH, P_WATERMARK, P_GATE, P_UNCACHED_FIRST, P_MAX_LEN, P_LONE_LONG, P_LOG, P_ROWS, P_STRIDE,
+    P_NUM_BLOCKS, P_FAST, P_VICTIM, P_SKIPS_FINISHING, P_PASSES_LONG,
+) = range(24)  # fmt: skip
+P_FIELDS = 32
+
+# The run: `g`, int64.
+(
+    G_STEP, G_CALL, G_FREE, G_RUNNING, G_WAITING, G_ARRIVED, G_FINISHED_IDS, G_FLIGHTS, G_EMPTY, G_PREEMPTIONS,
+    G_EVICTIONS, G_HIT_TOKENS, G_LOOKUP_TOKENS, G_GUESSED, G_LOG, G_EXPECTED, G_EVENTS, G_SLOTS, G_STEP_ROWS,
+    G_PREEMPTED, G_OWNERS, G_STUCK, G_HEAP, G_SCHEDULED, G_TOKENS, G_LOGGED_RUNNING, G_LOGGED_WAITING, G_ALLOCATED,
+    G_HIT_AFTER, G_LOOKUP_AFTER, G_FINISHED, G_IDLE, G_OUTPUT, G_FILLED, G_ORDER, G_STEADY, G_STEADY_CALLS, G_OUTPUTS,
+    G_LATE, G_STEP_BEFORE, G_STEADY_SCHEDULED, G_ABORTED, G_POLICY_CLOCK, G_BAD_VICTIM,
+) = range(44)  # fmt: skip
+G_FIELDS = 48
+
+# What stops a run: DONE, the log or the rows of steps are full (go on after taking them), or nothing can go on.
+DONE, FULL, STUCK = range(3)
+
+# What reaches the engine from outside, once so many steps have begun: arrivals, `come`, int64[n, 2]: (due, request), and
+# aborts, `gone`, int64[m, 3]: (due, whether late, request), both sorted. One that is not late comes before the output of
+# the last step begun.
+X_DUE, X_REQUEST = range(2)
+A_DUE, A_LATE, A_REQUEST = range(3)
+
+# Rows of steps: `rows`, int32[capacity, 9].
+(S_REQUESTS, S_TOKENS, S_RUNNING, S_WAITING, S_FREE, S_PREEMPTED, S_EMPTY, S_PREFILL, S_EVICTIONS) = range(9)
+S_FIELDS = 9

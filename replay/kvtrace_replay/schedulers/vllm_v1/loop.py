@@ -1,0 +1,394 @@
+"""The engine core's loop: `EngineCore.step` and `step_with_batch_queue`, with what reaches it from outside."""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+from __future__ import annotations
+
+import numpy as np
+
+from kvtrace_replay.schedulers.vllm_v1.layout import (
+    A_DUE,
+    A_LATE,
+    A_REQUEST,
+    DONE,
+    FINISHED,
+    FLAG_CHUNK,
+    FULL,
+    G_ABORTED,
+    G_ARRIVED,
+    G_EMPTY,
+    G_EVICTIONS,
+    G_FINISHED_IDS,
+    G_FLIGHTS,
+    G_FREE,
+    G_IDLE,
+    G_LATE,
+    G_LOG,
+    G_OUTPUTS,
+    G_PREEMPTED,
+    G_PREEMPTIONS,
+    G_RUNNING,
+    G_SCHEDULED,
+    G_STEADY,
+    G_STEADY_SCHEDULED,
+    G_STEP,
+    G_STEP_ROWS,
+    G_STUCK,
+    G_TOKENS,
+    G_WAITING,
+    L_PROMPT,
+    L_REASON,
+    L_STOP,
+    NEW,
+    O_REASON,
+    P_ASYNC,
+    P_DEPTH,
+    P_FAST,
+    P_LOG,
+    P_PRIORITY,
+    P_ROWS,
+    R_CALL,
+    R_COMPUTED,
+    R_FLAGS,
+    R_FLIGHT,
+    R_HOLDERS,
+    R_RUN_NEXT,
+    R_STALE,
+    R_STATUS,
+    R_TOKENS,
+    R_WAIT_NEXT,
+    RUNNING,
+    S_EMPTY,
+    S_EVICTIONS,
+    S_FREE,
+    S_PREEMPTED,
+    S_PREFILL,
+    S_REQUESTS,
+    S_RUNNING,
+    S_TOKENS,
+    S_WAITING,
+    ST_END,
+    ST_END_NEXT,
+    ST_REQUEST,
+    STUCK,
+    WAITING,
+    X_DUE,
+    X_REQUEST,
+)
+from kvtrace_replay.schedulers.vllm_v1.queues import enqueue
+from kvtrace_replay.schedulers.vllm_v1.requests import cache_up_to, finish
+from kvtrace_replay.schedulers.vllm_v1.schedule import schedule
+from kvtrace_replay.schedulers.vllm_v1.steady import HEAD, coast, dissolve, first_unsteady, gather, leave
+from kvtrace_replay.schedulers.vllm_v1.words import ABORTED, log_arrival, log_output
+from kvtrace_traces.compile import njit
+
+IDLE, STARVED = 1, 2  # g[G_IDLE]: nothing to do; or only an abort can free what the rest waits for
+
+
+@njit(cache=False, forceinline=True)
+def take_arrivals(
+    tag, pol, p, g, req, blk, first, table, slots, heap, rank, lim, out, come, log, arrivals, arrival_at, room, st,
+    phases, ends,
+):  # fmt: skip
+    """Requests that are due arrive; where the engine idles, those of the next due step.
+
+    Returns False where the log has no room left for one and for a call after it.
+    """
+    due = g[G_STEP]
+    if g[G_IDLE] and g[G_ARRIVED] < come.shape[0]:
+        due = max(due, come[g[G_ARRIVED], X_DUE])
+    while g[G_ARRIVED] < come.shape[0] and come[g[G_ARRIVED], X_DUE] <= due:
+        request = come[g[G_ARRIVED], X_REQUEST]
+        if p[P_LOG]:
+            start, stop = arrival_at[request], arrival_at[request + 1]
+            if g[G_LOG] + stop - start + room > log.shape[0]:
+                return False
+            log_arrival(log, g, arrivals, start, stop)
+        req[request, R_STATUS] = WAITING
+        req[request, R_TOKENS] = lim[request, L_PROMPT]
+        req[request, R_CALL] = -1
+        enqueue(p, g, req, heap, rank, request, False)
+        g[G_ARRIVED] += 1
+        if out[request, O_REASON] == ABORTED:  # before it came
+            finish(
+                tag,
+                pol,
+                p,
+                g,
+                req,
+                blk,
+                first,
+                table,
+                slots,
+                heap,
+                rank,
+                lim,
+                out,
+                log,
+                st,
+                phases,
+                ends,
+                request,
+                ABORTED,
+            )
+    return True
+
+
+@njit(cache=False, forceinline=True)
+def take_aborts(
+    tag, pol, p, g, req, blk, first, table, slots, heap, rank, lim, out, gone, log, room, only_early, st, phases, ends,
+):  # fmt: skip
+    """Aborts that are due; where the engine idles and nobody will arrive, the next one. As `take_arrivals`."""
+    due = g[G_STEP]
+    if g[G_IDLE] == STARVED and g[G_ABORTED] < gone.shape[0]:
+        due = max(due, gone[g[G_ABORTED], A_DUE])
+    while g[G_ABORTED] < gone.shape[0] and gone[g[G_ABORTED], A_DUE] <= due:
+        if only_early and gone[g[G_ABORTED], A_LATE]:
+            break
+        request = gone[g[G_ABORTED], A_REQUEST]
+        if req[request, R_STATUS] != FINISHED and req[request, R_STATUS] != NEW:
+            if p[P_LOG] and not only_early and g[G_LOG] + room > log.shape[0]:
+                return False
+            finish(
+                tag,
+                pol,
+                p,
+                g,
+                req,
+                blk,
+                first,
+                table,
+                slots,
+                heap,
+                rank,
+                lim,
+                out,
+                log,
+                st,
+                phases,
+                ends,
+                request,
+                ABORTED,
+            )
+        elif req[request, R_STATUS] == NEW:
+            out[request, O_REASON] = ABORTED
+        g[G_ABORTED] += 1
+    return True
+
+
+@njit(cache=False)
+def next_due(g, come, gone):
+    """The step before which somebody arrives or is aborted next."""
+    due = np.int64(1) << 62
+    if g[G_ARRIVED] < come.shape[0]:
+        due = come[g[G_ARRIVED], X_DUE]
+    if g[G_ABORTED] < gone.shape[0]:
+        due = min(due, gone[g[G_ABORTED], A_DUE] - 1 + gone[g[G_ABORTED], A_LATE])
+    return due
+
+
+@njit(cache=False, forceinline=True)
+def take_output(
+    tag, pol, p, g, req, blk, first, table, slots, heap, rank, lim, chain, chain_at, granules, out, log, st, phases,
+    ends, request, tokens, sampled,
+):  # fmt: skip
+    """The output of a call for one of its requests."""
+    status = req[request, R_STATUS]
+    if status == FINISHED:
+        return
+    req[request, R_FLIGHT] -= tokens
+    stale = req[request, R_STALE] > 0
+    if stale:
+        req[request, R_STALE] -= tokens
+    if not sampled:
+        return
+    known = req[request, R_TOKENS] + 1
+    req[request, R_TOKENS] = known
+    if p[P_ASYNC]:
+        if not stale:
+            req[request, R_HOLDERS] -= 1
+        if status == RUNNING:
+            cache_up_to(
+                tag, pol, p, g, req, blk, first, table, chain, chain_at, granules, log, request,
+                req[request, R_COMPUTED] - req[request, R_HOLDERS],
+            )  # fmt: skip
+    if known >= lim[request, L_STOP]:
+        finish(
+            tag,
+            pol,
+            p,
+            g,
+            req,
+            blk,
+            first,
+            table,
+            slots,
+            heap,
+            rank,
+            lim,
+            out,
+            log,
+            st,
+            phases,
+            ends,
+            request,
+            lim[request, L_REASON],
+        )
+
+
+@njit(cache=False, forceinline=True)
+def update(
+    tag, pol, p, g, req, blk, first, table, slots, heap, rank, lim, chain, chain_at, granules, out, log, st, phases,
+    ends, flight, n,
+):  # fmt: skip
+    """The output of a call arrives: `Scheduler.update_from_output`. `flight`: its `n` requests that are not steady, as
+    (request, tokens, sampled); the steady ones, all of which stand before them, need looking at only where they end."""
+    if g[G_LATE]:
+        at = g[G_OUTPUTS] & (ends.shape[0] - 1)
+        slot = ends[at, HEAD]
+        while slot >= 0:
+            following = st[slot, ST_END_NEXT]
+            if st[slot, ST_END] == g[G_OUTPUTS]:
+                request = st[slot, ST_REQUEST]
+                leave(p, g, req, st, phases, ends, out, request)
+                take_output(
+                    tag, pol, p, g, req, blk, first, table, slots, heap, rank, lim, chain, chain_at, granules, out,
+                    log, st, phases, ends, request, 1, 1,
+                )  # fmt: skip
+            slot = following
+        g[G_OUTPUTS] += 1
+    for i in range(n):
+        take_output(
+            tag, pol, p, g, req, blk, first, table, slots, heap, rank, lim, chain, chain_at, granules, out, log, st,
+            phases, ends, flight[i, 0], flight[i, 1], flight[i, 2],
+        )  # fmt: skip
+
+
+@njit(cache=False, forceinline=True)
+def note_step(g, req, sch, rows, evictions):
+    at = g[G_STEP_ROWS]
+    n, prefill = g[G_SCHEDULED], 0
+    for i in range(n):
+        if sch[i, 1] > 1 or req[sch[i, 0], R_FLAGS] & FLAG_CHUNK:
+            prefill += 1
+    rows[at, S_REQUESTS] = n + g[G_STEADY_SCHEDULED]
+    rows[at, S_TOKENS] = g[G_TOKENS]
+    rows[at, S_RUNNING] = g[G_RUNNING]
+    rows[at, S_WAITING] = g[G_WAITING]
+    rows[at, S_FREE] = g[G_FREE]
+    rows[at, S_PREEMPTED] = g[G_PREEMPTED]
+    rows[at, S_EMPTY] = g[G_EMPTY]
+    rows[at, S_PREFILL] = prefill
+    rows[at, S_EVICTIONS] = g[G_EVICTIONS] - evictions
+    g[G_STEP_ROWS] += 1
+
+
+@njit(cache=False, forceinline=True)
+def send(g, req, sch, flights, flight_n):
+    """The call just made is under way: it goes before the others in `flights` (few, so they move)."""
+    for k in range(g[G_FLIGHTS], 0, -1):
+        flight_n[k] = flight_n[k - 1]
+        for i in range(flight_n[k, 0]):
+            flights[k, i] = flights[k - 1, i]
+    n = g[G_SCHEDULED]
+    flight_n[0, 0], flight_n[0, 1] = n, g[G_TOKENS]
+    for i in range(n):
+        request = sch[i, 0]
+        flights[0, i, 0], flights[0, i, 1] = request, sch[i, 1]
+        flights[0, i, 2] = 0 if req[request, R_FLAGS] & FLAG_CHUNK else 1
+    g[G_FLIGHTS] += 1
+
+
+@njit(cache=False)
+def is_stuck(p, g, req, byrank, heap, flight_n):
+    """After a call without tokens: whether nothing that is under way can change that. Sets `g[G_STUCK]`."""
+    for k in range(g[G_FLIGHTS]):
+        if flight_n[k, 1] > 0:
+            return False
+    end = req.shape[0] - 1
+    stuck = req[end, R_RUN_NEXT]
+    if stuck == end:
+        stuck = byrank[heap[0]] if p[P_PRIORITY] else req[end, R_WAIT_NEXT]
+    g[G_STUCK] = stuck
+    return True
+
+
+@njit
+def run(
+    tag, pol, p, g, req, blk, first, table, slots, heap, rank, vrank, byrank, lim, chain, chain_at, granules, sch, out,
+    owners, skipped, come, gone, flights, flight_n, spare, st, phases, ends, rows, log, arrivals, arrival_at, room,
+):  # fmt: skip
+    """Run until nothing is left (DONE), nothing can go on (STUCK: `g[G_STUCK]` is the request), or buffers are full
+    (FULL: take them, set `g[G_LOG]` and `g[G_STEP_ROWS]` to 0, and call again). `room`: words a call may log."""
+    end = req.shape[0] - 1
+    while True:
+        if p[P_LOG] and g[G_LOG] + room > log.shape[0]:
+            return FULL
+        if p[P_ROWS] and g[G_STEP_ROWS] >= rows.shape[0]:
+            return FULL
+        if not take_arrivals(
+            tag, pol, p, g, req, blk, first, table, slots, heap, rank, lim, out, come, log, arrivals, arrival_at, room,
+            st, phases, ends,
+        ):  # fmt: skip
+            return FULL
+        if not take_aborts(
+            tag, pol, p, g, req, blk, first, table, slots, heap, rank, lim, out, gone, log, room, False, st, phases,
+            ends,
+        ):  # fmt: skip
+            return FULL
+        g[G_IDLE] = 0
+        if coast(
+            tag, pol, p, g, blk, first, table, chain, granules, owners, log, st, phases, ends, flight_n,
+            next_due(g, come, gone),
+        ):  # fmt: skip
+            continue
+        unfinished = g[G_RUNNING] + g[G_WAITING]
+        if unfinished > 0 or g[G_FINISHED_IDS]:
+            evictions, preemptions = g[G_EVICTIONS], g[G_PREEMPTIONS]
+            schedule(
+                tag, pol, p, g, req, blk, first, table, slots, heap, rank, vrank, byrank, lim, chain, chain_at,
+                granules, sch, out, owners, log, skipped, st, phases, ends, flights, flight_n, spare,
+            )  # fmt: skip
+            send(g, req, sch, flights, flight_n)
+            calm = g[G_PREEMPTIONS] == preemptions
+            if g[G_TOKENS] > 0:
+                if p[P_ROWS]:
+                    note_step(g, req, sch, rows, evictions)
+                g[G_EMPTY] = 0
+                g[G_PREEMPTED] = 0
+            elif unfinished > 0 and calm and is_stuck(p, g, req, byrank, heap, flight_n):
+                if g[G_ARRIVED] < come.shape[0]:
+                    g[G_IDLE] = IDLE
+                elif g[G_ABORTED] < gone.shape[0]:
+                    g[G_IDLE] = STARVED
+                else:
+                    return STUCK
+            waits = g[G_TOKENS] > 0 or g[G_RUNNING] + g[G_WAITING] > 0 or g[G_FINISHED_IDS]
+            if g[G_FLIGHTS] < p[P_DEPTH] and waits:
+                continue
+        elif g[G_FLIGHTS] == 0:
+            if g[G_ARRIVED] >= come.shape[0]:
+                return DONE
+            g[G_IDLE] = IDLE
+            continue
+        else:
+            calm = False
+            if g[G_STEADY] > 0:  # never, for steady requests are unfinished
+                dissolve(p, g, req, st, phases, ends, out, flights, flight_n, spare)
+        take_aborts(
+            tag, pol, p, g, req, blk, first, table, slots, heap, rank, lim, out, gone, log, room, True, st, phases,
+            ends,
+        )  # fmt: skip
+        g[G_FLIGHTS] -= 1
+        oldest = g[G_FLIGHTS]
+        if p[P_LOG] and flight_n[oldest, 1] > 0:
+            log_output(log, g)
+        late = g[G_LATE]
+        update(
+            tag, pol, p, g, req, blk, first, table, slots, heap, rank, lim, chain, chain_at, granules, out, log, st,
+            phases, ends, flights[oldest], flight_n[oldest, 0],
+        )  # fmt: skip
+        g[G_LATE] = 0
+        if p[P_FAST] and calm and g[G_RUNNING] > g[G_STEADY]:
+            unsteady = first_unsteady(g, req) if late else req[end, R_RUN_NEXT]
+            if unsteady >= 0:
+                gather(p, g, req, st, phases, ends, lim, chain_at, flights, flight_n, unsteady)

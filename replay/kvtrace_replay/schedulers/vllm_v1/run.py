@@ -1,0 +1,323 @@
+"""Runs the compiled scheduler: lays out its arrays, takes its log away as it fills, and hands back what happened."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba.core.errors import NumbaError
+
+from kvtrace_replay.policies.registry import MAX_STATE, Policy, Stream
+from kvtrace_replay.schedulers.recorded import Recorded
+from kvtrace_replay.schedulers.settings import Settings
+from kvtrace_replay.schedulers.vllm_v1 import layout as at
+from kvtrace_replay.schedulers.vllm_v1 import loop
+from kvtrace_replay.schedulers.vllm_v1.choice import ABSENT, Native
+from kvtrace_traces.compile import warm
+from kvtrace_traces.errors import KvtraceError, UsageError
+
+I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
+U32 = npt.NDArray[np.uint32]
+STEP_ROWS = 1 << 16
+LOG_WORDS = 1 << 20
+run_compiled: Any = loop.run
+
+
+@dataclass(eq=False)
+class Run:
+    """What a simulated run did.
+
+    Attributes:
+        settings: at which.
+        steps: scheduler calls with tokens. preemptions, evictions, allocations, fills: counts.
+        hit_tokens, lookup_tokens: of all admissions; hit_tokens_after, lookup_tokens_after: of those after a
+            preemption.
+        finished: requests that ended. guessed: blocks cached whose tokens the trace does not know.
+        requests: int32[n, 6], columns `layout.O_*`. preempted: int32[n], how often each was.
+        tokens: int32[n], prompt and output at the end.
+        rows: int32[steps, 9], columns `layout.S_*`, where asked for; else empty.
+        seconds: what the kernel took.
+    """
+
+    settings: Settings
+    steps: int
+    preemptions: int
+    evictions: int
+    allocations: int
+    fills: int
+    hit_tokens: int
+    lookup_tokens: int
+    hit_tokens_after: int
+    lookup_tokens_after: int
+    finished: int
+    guessed: int
+    events: int
+    requests: I32
+    preempted: I32
+    tokens: I32
+    rows: I32
+    seconds: float
+
+
+def compile_for(recorded: Recorded, settings: Settings, policy: Policy | None = None) -> None:
+    """Compile the kernel, or load it, so that runs side by side do not each do so.
+
+    Raises KvtraceError for a policy that does not compile.
+    """
+    state = _state(recorded, settings, "all", policy)
+    words = np.zeros(1, np.uint32)
+    try:
+        warm(run_compiled, (*state.values(), words, words, np.zeros(1, np.int64), 0))
+    except NumbaError as error:
+        if policy is None:
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = next((line for line in lines[1:] if "Error" in line or ": " in line), lines[0])
+        raise KvtraceError(f"policy {policy.name!r} does not compile: {reason}") from error
+
+
+def simulate_run(recorded: Recorded, settings: Settings, **options: Any) -> Run:
+    """Run `recorded` at `settings`; `options` are those of `run_in_pieces`."""
+    pieces = run_in_pieces(recorded, settings, **options)
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as stop:
+            run: Run = stop.value
+            return run
+
+
+def run_in_pieces(
+    recorded: Recorded,
+    settings: Settings,
+    *,
+    arrivals: str = "step",
+    policy: Policy | None = None,
+    step_rows: bool = False,
+    arrival_words: tuple[U32, I64] | None = None,
+    fast: bool = True,
+) -> Generator[U32, None, Run]:
+    """Run `recorded` at `settings`; yields the words of the log as they come, and returns the run.
+
+    Args:
+        arrivals: a name of `recorded.ARRIVALS`.
+        policy: who is evicted, in place of the engine's own free queue; see `choice`.
+        step_rows: keep a row per step.
+        arrival_words: the words of each request's arrival and where they begin (`schedulers.log`); without, no log.
+        fast: let requests that only decode pass many steps at once; False goes through each of them, for tests.
+
+    Raises UsageError where some request can never be served at these settings.
+    """
+    _check_sizes(recorded, settings)
+    state = _state(recorded, settings, arrivals, policy, step_rows, arrival_words is not None, fast)
+    words, word_at = arrival_words or (np.zeros(1, np.uint32), np.zeros(recorded.n_requests + 1, np.int64))
+    room = _room(recorded, settings, state["gone"])
+    longest = int(np.diff(word_at).max(initial=0))
+    log = np.zeros(max(LOG_WORDS, 4 * room + longest) if arrival_words else 1, np.uint32)
+    g = state["g"]
+    rows: list[I32] = []
+    seconds, status = 0.0, at.FULL
+    while status == at.FULL:
+        begin = time.perf_counter()
+        status = run_compiled(*state.values(), log, words, word_at, room)
+        seconds += time.perf_counter() - begin
+        if step_rows:
+            rows.append(state["rows"][: g[at.G_STEP_ROWS]].copy())
+            g[at.G_STEP_ROWS] = 0
+        yield log[: g[at.G_LOG]]
+        g[at.G_LOG] = 0
+    if g[at.G_BAD_VICTIM] and policy is not None:
+        raise KvtraceError(f"policy {policy.name!r} is wrong: its evict returned a block that may not be evicted")
+    if status == at.STUCK:
+        raise UsageError(_why_stuck(recorded, settings, int(g[at.G_STUCK])))
+    return Run(
+        settings=settings,
+        steps=int(g[at.G_STEP]),
+        preemptions=int(g[at.G_PREEMPTIONS]),
+        evictions=int(g[at.G_EVICTIONS]),
+        allocations=int(g[at.G_ALLOCATED]),
+        fills=int(g[at.G_FILLED]),
+        hit_tokens=int(g[at.G_HIT_TOKENS]),
+        lookup_tokens=int(g[at.G_LOOKUP_TOKENS]),
+        hit_tokens_after=int(g[at.G_HIT_AFTER]),
+        lookup_tokens_after=int(g[at.G_LOOKUP_AFTER]),
+        finished=int(g[at.G_FINISHED]),
+        guessed=int(g[at.G_GUESSED]),
+        events=int(g[at.G_EVENTS]),
+        requests=state["out"],
+        preempted=state["req"][:-1, at.R_PREEMPTIONS].copy(),
+        tokens=state["req"][:-1, at.R_TOKENS].copy(),
+        rows=np.concatenate(rows) if rows else np.zeros((0, at.S_FIELDS), np.int32),
+        seconds=seconds,
+    )
+
+
+def _state(
+    recorded: Recorded,
+    settings: Settings,
+    arrivals: str,
+    policy: Policy | None,
+    step_rows: bool = False,
+    logged: bool = False,
+    fast: bool = True,
+) -> dict[str, Any]:
+    """The arrays of a run, in the order of the kernel's arguments."""
+    n, blocks = recorded.n_requests, settings.num_blocks
+    slots = min(settings.max_num_seqs, n)
+    chain, chain_at = recorded.blocks(settings.block_size)
+    identities = int(recorded.hashes.size)
+    rank, victims = recorded.ranks() if settings.scheduling_policy == "priority" else (np.zeros(n, np.int32),) * 2
+    by_rank = np.zeros(n, np.int32)
+    by_rank[rank] = np.arange(n, dtype=np.int32)
+    longest = int(recorded.stop.max(initial=1)) + 2 * settings.depth
+    req = np.zeros((n + 1, at.R_FIELDS), np.int32)
+    req[:, at.R_SLOT] = -1
+    req[n, [at.R_RUN_NEXT, at.R_RUN_PREV, at.R_WAIT_NEXT, at.R_WAIT_PREV]] = n
+    blk = np.zeros((blocks + 1, at.B_FIELDS), np.int32)
+    blk[:, at.B_IDENTITY] = at.NO_IDENTITY
+    # The free queue: 1, 2, ... in order; block 0 is the null block.
+    order = np.concatenate([[blocks], np.arange(1, blocks), [blocks]]).astype(np.int32)
+    blk[order[:-1], at.B_NEXT] = order[1:]
+    blk[order[1:], at.B_PREV] = order[:-1]
+    g = np.zeros(at.G_FIELDS, np.int64)
+    g[at.G_FREE], g[at.G_SLOTS] = blocks - 1, slots
+    lim = np.stack(
+        [recorded.prompt, recorded.stop, recorded.most, recorded.no_read.astype(np.int32), recorded.reason], axis=1
+    ).astype(np.int32)
+    out = np.full((n, at.O_FIELDS), -1, np.int32)
+    out[:, at.O_HIT] = 0
+    tag, pol = _policy(policy, recorded, settings, chain, chain_at)
+    return {
+        "tag": tag,
+        "pol": pol,
+        "p": _parameters(recorded, settings, step_rows, logged, fast),
+        "g": g,
+        "req": req,
+        "blk": blk,
+        "first": np.full(identities + 1, -1, np.int32),  # one more, that nothing holds
+        "table": np.zeros((slots, longest // settings.block_size + 2), np.int32),
+        "slots": np.arange(slots, dtype=np.int32)[::-1].copy(),
+        "heap": np.zeros(n + 1, np.int32),
+        "rank": rank,
+        "vrank": victims,
+        "byrank": by_rank,
+        "lim": lim,
+        "chain": chain,
+        "chain_at": chain_at,
+        "granules": np.diff(recorded.chain_at).astype(np.int32),
+        "sch": np.zeros((slots + 1, 2), np.int32),
+        "out": out,
+        "owners": np.zeros(2 * blocks + slots if logged else 1, np.int32),
+        "skipped": np.zeros(n + 1, np.int32),
+        "come": recorded.arrivals(arrivals),
+        "gone": recorded.aborts(),
+        "flights": np.zeros((settings.depth + 1, slots + 1, 3), np.int32),
+        "flight_n": np.zeros((settings.depth + 1, 2), np.int64),
+        "spare": np.zeros((slots + 1, 3), np.int32),
+        "st": np.zeros((slots, at.ST_FIELDS), np.int64),
+        "phases": _empty_lists(settings.block_size),
+        "ends": _empty_lists(1 << int(longest).bit_length()),
+        "rows": np.zeros((STEP_ROWS if step_rows else 1, at.S_FIELDS), np.int32),
+    }
+
+
+def _policy(
+    policy: Policy | None, recorded: Recorded, settings: Settings, chain: I32, chain_at: I64
+) -> tuple[Any, tuple[Any, ...]]:
+    """The tag of who is evicted, and its state: the pins of identities and eight arrays. Empty for the engine's rule."""
+    if policy is None:
+        return Native(0), ()
+    identities = int(recorded.hashes.size) + 1
+    stream = Stream(
+        refs=chain,
+        indptr=chain_at,
+        prompt_blocks=np.minimum(recorded.prompt // settings.block_size, np.diff(chain_at)).astype(np.int32),
+        events=np.zeros(0, np.int64),
+        n_identities=identities,
+        semantics="prefix",
+    )
+    state = policy.setup(stream, settings.num_blocks - 1)
+    unused = (np.zeros(0, np.int32),) * (MAX_STATE - len(state))
+    return policy.tag, (np.full(identities, ABSENT, np.int32), *state, *unused)
+
+
+def _empty_lists(n: int) -> I64:
+    """int64[n, 3]: head, tail and length of each list."""
+    lists = np.full((n, 3), -1, np.int64)
+    lists[:, 2] = 0
+    return lists
+
+
+def _parameters(recorded: Recorded, settings: Settings, step_rows: bool, logged: bool, fast: bool) -> I64:
+    rules = settings.rules
+    p = np.zeros(at.P_FIELDS, np.int64)
+    active = settings.max_num_active_seqs
+    for place, value in (
+        (at.P_BLOCK_SIZE, settings.block_size),
+        (at.P_MAX_SEQS, min(settings.max_num_seqs, active or settings.max_num_seqs)),
+        (at.P_MAX_TOKENS, settings.max_num_scheduled_tokens or settings.max_num_batched_tokens),
+        (at.P_MAX_BATCHED, settings.max_num_batched_tokens),
+        (at.P_CACHING, settings.prefix_caching),
+        (at.P_CHUNKED, settings.chunked_prefill),
+        (at.P_LONG, settings.long_prefill_token_threshold),
+        (at.P_LONG_ADAPTIVE, settings.long_prefill_token_threshold_adaptive),
+        (at.P_PRIORITY, settings.scheduling_policy == "priority"),
+        (at.P_ASYNC, settings.async_scheduling),
+        (at.P_DEPTH, settings.depth),
+        (at.P_WATERMARK, settings.watermark_blocks if rules.watermark else 0),
+        (at.P_GATE, settings.reserve_full_isl and rules.whole_sequence_gate),
+        (
+            at.P_UNCACHED_FIRST,
+            rules.uncached_first if settings.prefix_caching else rules.uncached_first_without_caching,
+        ),
+        (at.P_MAX_LEN, settings.max_model_len),
+        (at.P_LONE_LONG, not rules.threshold_spares_lone_request),
+        (at.P_LOG, logged),
+        (at.P_ROWS, step_rows),
+        (at.P_STRIDE, recorded.stride(settings.block_size)),
+        (at.P_NUM_BLOCKS, settings.num_blocks),
+        (at.P_FAST, fast),
+        (at.P_VICTIM, rules.priority_victim),
+        (at.P_SKIPS_FINISHING, rules.async_skips_finishing),
+        (at.P_PASSES_LONG, not rules.unchunked_prompt_blocks),
+    ):
+        p[place] = int(value)
+    return p
+
+
+def _room(recorded: Recorded, settings: Settings, aborted: I64) -> int:
+    """Words that a call, its output and the aborts between them can log at most."""
+    early = aborted[aborted[:, at.A_LATE] == 0, at.A_DUE]
+    aborts = int(np.unique(early, return_counts=True)[1].max(initial=0))
+    slots = min(settings.max_num_seqs, recorded.n_requests)
+    per_block = 8 + 4 * recorded.stride(settings.block_size)
+    return 2 * per_block * settings.num_blocks + 64 * slots + 8 * aborts + 256
+
+
+def _need(recorded: Recorded, settings: Settings, request: int) -> int:
+    # The last token is sampled and never computed.
+    return -(-max(int(recorded.stop[request]) - 1, int(recorded.prompt[request])) // settings.block_size)
+
+
+def _check_sizes(recorded: Recorded, settings: Settings) -> None:
+    longest = int(np.argmax(np.maximum(recorded.stop - 1, recorded.prompt)))
+    need = _need(recorded, settings, longest)
+    if need > settings.num_blocks - 1:
+        raise UsageError(
+            f"{settings.num_blocks} blocks of {settings.block_size} tokens can never serve request {longest}, which "
+            f"needs {need}: at this block size --num-blocks must be at least {need + 1} (the null block included)"
+        )
+
+
+def _why_stuck(recorded: Recorded, settings: Settings, request: int) -> str:
+    return (
+        f"request {request} ({int(recorded.prompt[request])} prompt tokens) can never be served at "
+        f"--num-blocks {settings.num_blocks} --block-size {settings.block_size} --max-num-batched-tokens "
+        f"{settings.max_num_batched_tokens} --watermark {settings.watermark:g}"
+        f"{'' if settings.chunked_prefill else ' --no-chunked-prefill'}: more blocks or a larger budget serve it"
+    )

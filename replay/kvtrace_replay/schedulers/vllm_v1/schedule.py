@@ -1,0 +1,382 @@
+"""One scheduler call: `Scheduler.schedule`, first the running requests in order, then the waiting ones."""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+from __future__ import annotations
+
+from kvtrace_replay.schedulers.families import VICTIM_INDEX_IF_SCHEDULED, VICTIM_STAYS_SCHEDULED
+from kvtrace_replay.schedulers.vllm_v1.choice import take_block, touch
+from kvtrace_replay.schedulers.vllm_v1.layout import (
+    B_REFS,
+    FLAG_CHUNK,
+    G_CALL,
+    G_EMPTY,
+    G_FINISHED_IDS,
+    G_FREE,
+    G_HIT_AFTER,
+    G_HIT_TOKENS,
+    G_LATE,
+    G_LOOKUP_AFTER,
+    G_LOOKUP_TOKENS,
+    G_ORDER,
+    G_RUNNING,
+    G_SCHEDULED,
+    G_SLOTS,
+    G_STEADY,
+    G_STEADY_CALLS,
+    G_STEADY_SCHEDULED,
+    G_STEP,
+    G_STEP_BEFORE,
+    G_TOKENS,
+    G_WAITING,
+    L_MOST,
+    L_NO_READ,
+    O_CACHED,
+    O_FIRST,
+    O_HIT,
+    O_LAST,
+    P_ASYNC,
+    P_BLOCK_SIZE,
+    P_CACHING,
+    P_CHUNKED,
+    P_GATE,
+    P_LOG,
+    P_LONE_LONG,
+    P_LONG,
+    P_LONG_ADAPTIVE,
+    P_MAX_BATCHED,
+    P_MAX_LEN,
+    P_MAX_SEQS,
+    P_MAX_TOKENS,
+    P_PASSES_LONG,
+    P_PRIORITY,
+    P_SKIPS_FINISHING,
+    P_VICTIM,
+    P_WATERMARK,
+    R_BLOCKS,
+    R_CACHED,
+    R_CALL,
+    R_COMPUTED,
+    R_FLAGS,
+    R_FLIGHT,
+    R_HOLDERS,
+    R_PREEMPTIONS,
+    R_RUN_NEXT,
+    R_RUN_PREV,
+    R_SLOT,
+    R_STALE,
+    R_STATUS,
+    R_TOKENS,
+    R_WAIT_NEXT,
+    RUNNING,
+    ST_ORDER,
+)
+from kvtrace_replay.schedulers.vllm_v1.queues import append_running, link_waiting, pop_heap, push_heap, unlink_waiting
+from kvtrace_replay.schedulers.vllm_v1.requests import blocks_of, cache_up_to, extend, key_of, preempt
+from kvtrace_replay.schedulers.vllm_v1.steady import can_stay_steady, dissolve, first_unsteady, left_out, steady_call
+from kvtrace_replay.schedulers.vllm_v1.words import ALLOCN, HIT, log_begin, log_blocks, log_lookup, log_sched
+from kvtrace_traces.compile import njit
+
+
+@njit(cache=False, forceinline=True)
+def long_prefill_limit(p, g):
+    """The most tokens of one request in this call, 0 for no limit."""
+    limit = p[P_LONG]
+    if limit > 0:
+        eligible = g[G_RUNNING] + g[G_WAITING]
+        if eligible <= 1 and not p[P_LONE_LONG]:
+            return 0
+        if p[P_LONG_ADAPTIVE]:
+            limit = max(limit, p[P_MAX_BATCHED] // max(eligible, 1))
+    return limit
+
+
+@njit(cache=False)
+def victim_of(p, req, vrank):
+    """Who is preempted: the last to run, or, by priority, the first of those with the highest (priority, arrival)."""
+    end = req.shape[0] - 1
+    chosen = req[end, R_RUN_PREV]
+    if p[P_PRIORITY]:
+        request = req[end, R_RUN_NEXT]
+        chosen = request
+        while request != end:
+            if vrank[request] > vrank[chosen]:
+                chosen = request
+            request = req[request, R_RUN_NEXT]
+    return chosen
+
+
+@njit(cache=False)
+def stands_before(req, one, other):
+    """1 if `one` runs before `other`: older engines then overlook the request after `other`. Else 0."""
+    end = req.shape[0] - 1
+    request = req[one, R_RUN_NEXT]
+    while request != end:
+        if request == other:
+            return 1
+        request = req[request, R_RUN_NEXT]
+    return 0
+
+
+@njit(cache=False)
+def unschedule(g, sch, request):
+    """Take a request that this call had scheduled off again; returns its tokens, 0 if it was not."""
+    n = g[G_SCHEDULED]
+    for i in range(n):
+        if sch[i, 0] == request:
+            tokens = sch[i, 1]
+            for j in range(i, n - 1):
+                sch[j, 0], sch[j, 1] = sch[j + 1, 0], sch[j + 1, 1]
+            g[G_SCHEDULED] = n - 1
+            return tokens
+    return 0
+
+
+@njit(cache=False, forceinline=True)
+def schedule_running(
+    tag, pol, p, g, req, blk, first, table, slots, heap, rank, vrank, lim, chain, chain_at, granules, sch, owners, log,
+    limit, request, budget,
+):  # fmt: skip
+    """The first loop of `Scheduler.schedule`, from `request` on. Returns (budget left, whether anyone was preempted)."""
+    end = req.shape[0] - 1
+    preempted = False
+    while request != end and budget > 0:
+        computed, holders = req[request, R_COMPUTED], req[request, R_HOLDERS]
+        following = req[request, R_RUN_NEXT]
+        if p[P_SKIPS_FINISHING] and holders > 0 and computed + 2 - holders >= lim[request, L_MOST]:
+            request = following  # the output on its way is its last
+            continue
+        tokens = req[request, R_TOKENS] + holders - computed
+        if 0 < limit < tokens:
+            tokens = limit
+        tokens = min(tokens, budget, p[P_MAX_LEN] - 1 - computed)
+        if tokens <= 0:
+            request = following
+            continue
+        need = blocks_of(min(computed + tokens, p[P_MAX_LEN]), p[P_BLOCK_SIZE]) - req[request, R_BLOCKS]
+        fits, overlooked = True, 0
+        while need > g[G_FREE]:
+            victim = victim_of(p, req, vrank)
+            preempted = True
+            if p[P_PRIORITY] and p[P_VICTIM] == VICTIM_STAYS_SCHEDULED:
+                overlooked += stands_before(req, victim, request)
+            elif p[P_PRIORITY]:
+                restored = unschedule(g, sch, victim)
+                budget += restored
+                if p[P_VICTIM] == VICTIM_INDEX_IF_SCHEDULED and restored == 0:
+                    overlooked += stands_before(req, victim, request)
+            preempt(tag, pol, p, g, req, blk, first, table, slots, heap, rank, log, victim)
+            if victim == request:
+                fits = False
+                break
+        if not fits:
+            break
+        if need > 0:
+            extend(tag, pol, p, g, req, blk, first, table, chain, chain_at, owners, log, request, need)
+        cache_up_to(
+            tag, pol, p, g, req, blk, first, table, chain, chain_at, granules, log, request, min(computed + tokens,
+            req[request, R_TOKENS]),
+        )  # fmt: skip
+        n = g[G_SCHEDULED]
+        sch[n, 0], sch[n, 1] = request, tokens
+        g[G_SCHEDULED] = n + 1
+        budget -= tokens
+        request = req[request, R_RUN_NEXT]  # as it is now: victims have left the list
+        while overlooked > 0 and request != end:
+            overlooked -= 1
+            request = req[request, R_RUN_NEXT]
+    return budget, preempted
+
+
+@njit(cache=False, forceinline=True)
+def longest_hit(p, req, first, lim, chain, chain_at, request):
+    """Blocks of the longest cached prefix: `FullAttentionManager.find_longest_cache_hit`, the last token left out."""
+    if not p[P_CACHING] or lim[request, L_NO_READ]:
+        return 0
+    start = chain_at[request]
+    most = min((req[request, R_TOKENS] - 1) // p[P_BLOCK_SIZE], chain_at[request + 1] - start)
+    hit = 0
+    while hit < most and first[chain[start + hit]] >= 0:
+        hit += 1
+    return hit
+
+
+@njit(cache=False, forceinline=True)
+def admit(
+    tag, pol, p, g, req, blk, first, table, slots, lim, chain, chain_at, granules, sch, out, owners, log, request,
+    limit, budget,
+):  # fmt: skip
+    """Try to start a waiting request, still in its queue. Returns the tokens scheduled for it, 0 if it has to wait, -1
+    if it is passed over."""
+    size = p[P_BLOCK_SIZE]
+    known = req[request, R_TOKENS]
+    hit, computed = 0, req[request, R_COMPUTED]
+    if computed == 0:  # always, but for what up to 0.10 becomes of a victim that stays scheduled
+        hit = longest_hit(p, req, first, lim, chain, chain_at, request)
+        computed = hit * size
+    tokens = known - computed
+    if 0 < limit < tokens:
+        tokens = limit
+    if not p[P_CHUNKED] and tokens > budget:
+        return -1 if p[P_PASSES_LONG] else 0
+    tokens = min(tokens, budget)
+    # Hit blocks that nobody uses are in the free queue, and will leave it.
+    idle = 0
+    start = chain_at[request]
+    for i in range(hit):
+        if blk[first[chain[start + i]], B_REFS] == 0:
+            idle += 1
+    spare = p[P_WATERMARK] if g[G_RUNNING] > 0 else 0
+    if p[P_GATE]:
+        whole = blocks_of(min(known, p[P_MAX_LEN]), size)
+        if max(whole - hit, 0) + idle + spare > g[G_FREE]:
+            return 0
+    need = max(blocks_of(min(computed + tokens, p[P_MAX_LEN]), size) - hit, 0)
+    if need + idle + spare > g[G_FREE]:
+        return 0
+
+    g[G_SLOTS] -= 1
+    slot = slots[g[G_SLOTS]]
+    req[request, R_SLOT] = slot
+    for i in range(hit):
+        block = first[chain[start + i]]
+        touch(tag, pol, blk, g, block)
+        table[slot, i] = block
+    for i in range(hit, hit + need):
+        table[slot, i] = take_block(tag, pol, blk, first, g, key_of(first, chain, chain_at, request, i))
+    req[request, R_BLOCKS] = hit + need
+    req[request, R_CACHED] = hit
+    if p[P_LOG]:
+        log_lookup(log, g, request, known, computed if p[P_CACHING] and not lim[request, L_NO_READ] else -1)
+        log_blocks(log, g, HIT, table[slot], 0, hit)
+        log_blocks(log, g, ALLOCN, table[slot], hit, hit + need)
+    cache_up_to(
+        tag, pol, p, g, req, blk, first, table, chain, chain_at, granules, log, request, min(computed + tokens, known),
+    )  # fmt: skip
+    req[request, R_COMPUTED] = computed
+    if p[P_CACHING] and not lim[request, L_NO_READ]:
+        g[G_HIT_TOKENS] += computed
+        g[G_LOOKUP_TOKENS] += known
+        out[request, O_HIT] += computed
+        if req[request, R_PREEMPTIONS] > 0:
+            g[G_HIT_AFTER] += computed
+            g[G_LOOKUP_AFTER] += known
+    if out[request, O_CACHED] < 0:
+        out[request, O_CACHED] = computed
+    req[request, R_STATUS] = RUNNING
+    n = g[G_SCHEDULED]
+    sch[n, 0], sch[n, 1] = request, tokens
+    g[G_SCHEDULED] = n + 1
+    return tokens
+
+
+@njit(cache=False, forceinline=True)
+def schedule_waiting(
+    tag, pol, p, g, req, blk, first, table, slots, heap, rank, byrank, lim, chain, chain_at, granules, sch, out,
+    owners, log, limit, budget, skipped, st,
+):  # fmt: skip
+    """The second loop of `Scheduler.schedule`: the head of the queue starts, or blocks all behind it."""
+    end = req.shape[0] - 1
+    n_skipped = 0
+    request = req[end, R_WAIT_NEXT]
+    while budget > 0 and g[G_RUNNING] < p[P_MAX_SEQS]:
+        if p[P_PRIORITY]:
+            request = byrank[heap[0]] if g[G_WAITING] > n_skipped else end
+        if request == end:
+            break
+        following = req[request, R_WAIT_NEXT]
+        tokens = -1  # its stale outputs are on their way: it cannot resume before
+        if req[request, R_STALE] <= 0:
+            tokens = admit(
+                tag, pol, p, g, req, blk, first, table, slots, lim, chain, chain_at, granules, sch, out, owners, log,
+                request, limit, budget,
+            )  # fmt: skip
+        if tokens == 0:
+            break
+        if tokens < 0:
+            skipped[n_skipped] = request
+            n_skipped += 1
+            if p[P_PRIORITY]:
+                pop_heap(heap, g)
+            elif p[P_PASSES_LONG]:
+                unlink_waiting(req, request)
+            request = following
+            continue
+        budget -= tokens
+        if p[P_PRIORITY]:
+            pop_heap(heap, g)
+        else:
+            unlink_waiting(req, request)
+        g[G_WAITING] -= 1
+        append_running(req, g, request)
+        st[req[request, R_SLOT], ST_ORDER] = g[G_ORDER]
+        g[G_ORDER] += 1
+        request = following
+    for i in range(n_skipped):
+        if p[P_PRIORITY]:
+            push_heap(heap, g, rank[skipped[i]])
+        elif p[P_PASSES_LONG]:  # up to 0.10: put back at the head one by one, so the last first
+            link_waiting(req, end, skipped[i])
+
+
+@njit(cache=False, forceinline=True)
+def schedule(
+    tag, pol, p, g, req, blk, first, table, slots, heap, rank, vrank, byrank, lim, chain, chain_at, granules, sch, out,
+    owners, log, skipped, st, phases, ends, flights, flight_n, spare,
+):  # fmt: skip
+    """A call. Leaves what it scheduled in `sch`, `g[G_SCHEDULED]` rows of it, and `g[G_TOKENS]`; of steady requests,
+    their number in `g[G_STEADY_SCHEDULED]`."""
+    if p[P_LOG]:
+        log_begin(log, g)
+    g[G_SCHEDULED] = 0
+    limit = long_prefill_limit(p, g)
+    budget = min(p[P_MAX_TOKENS], p[P_MAX_BATCHED])
+    request = req[req.shape[0] - 1, R_RUN_NEXT]
+    steady = 0
+    if g[G_STEADY] > 0:
+        unsteady = first_unsteady(g, req)
+        if can_stay_steady(p, g, req, phases, unsteady, limit):
+            steady = g[G_STEADY] - left_out(p, g, st, ends)
+            phase = g[G_STEADY_CALLS] % p[P_BLOCK_SIZE]
+            steady_call(tag, pol, p, g, blk, first, table, chain, granules, owners, log, st, phases, phase)
+            request = unsteady
+            g[G_LATE] = 1
+        else:
+            dissolve(p, g, req, st, phases, ends, out, flights, flight_n, spare)
+    budget, preempted = schedule_running(
+        tag, pol, p, g, req, blk, first, table, slots, heap, rank, vrank, lim, chain, chain_at, granules, sch, owners,
+        log, limit, request, budget - steady,
+    )  # fmt: skip
+    if not preempted:
+        schedule_waiting(
+            tag, pol, p, g, req, blk, first, table, slots, heap, rank, byrank, lim, chain, chain_at, granules, sch,
+            out, owners, log, limit, budget, skipped, st,
+        )  # fmt: skip
+    if p[P_LOG]:
+        log_sched(log, g, req, sch, owners, st, steady)
+    # `Scheduler._update_after_schedule`
+    g[G_CALL] += 1
+    g[G_FINISHED_IDS] = 0
+    total = steady
+    for i in range(g[G_SCHEDULED]):
+        request, tokens = sch[i, 0], sch[i, 1]
+        total += tokens
+        computed = req[request, R_COMPUTED] + tokens
+        req[request, R_COMPUTED] = computed
+        req[request, R_FLIGHT] += tokens
+        req[request, R_CALL] = g[G_CALL]
+        if computed < req[request, R_TOKENS] + req[request, R_HOLDERS]:
+            req[request, R_FLAGS] |= FLAG_CHUNK
+        else:
+            req[request, R_FLAGS] &= ~FLAG_CHUNK
+            if p[P_ASYNC]:
+                req[request, R_HOLDERS] += 1
+        if out[request, O_FIRST] < 0:
+            out[request, O_FIRST] = g[G_STEP]
+        out[request, O_LAST] = g[G_STEP]
+    g[G_STEADY_SCHEDULED] = steady
+    g[G_TOKENS] = total
+    g[G_STEP_BEFORE] = g[G_STEP]
+    if total > 0:
+        g[G_STEP] += 1
+    else:
+        g[G_EMPTY] += 1
