@@ -5,23 +5,25 @@ All state lives in a few arrays, so that a run can stop at any scheduler call, h
 
 from __future__ import annotations
 
-# Requests: `req`, int32[n + 1, 16], 64 bytes each. Row n is no request: its links are the ends of the queues.
+# Requests: `req`, int32[n + 1, 32]. Row n is no request: its links are the ends of the queues. First their state, then
+# their limits (tokens of the prompt, tokens it ends at, the most it may have, whether it may not read the cache, why it
+# ends as an index into schema.FINISH_REASONS, granules of its chain), then what is to be told of them.
 (
     R_STATUS, R_COMPUTED, R_TOKENS, R_BLOCKS, R_CACHED, R_FLIGHT, R_STALE, R_HOLDERS,
     R_SLOT, R_RUN_NEXT, R_RUN_PREV, R_WAIT_NEXT, R_WAIT_PREV, R_CALL, R_PREEMPTIONS, R_FLAGS,
 ) = range(16)  # fmt: skip
-R_FIELDS = 16
+L_PROMPT, L_STOP, L_MOST, L_NO_READ, L_REASON, L_GRANULES = range(16, 22)
+O_FIRST, O_LAST, O_FINISH, O_CACHED, O_REASON, O_HIT = range(22, 28)
+R_FIELDS = 32
+
+# The order by priority: `order`, int32[n + 1, 5]: a heap of ranks, the rank of each request, its rank as a victim, the
+# request of each rank, and a list of those set aside.
+Q_HEAP, Q_RANK, Q_VICTIM, Q_REQUEST, Q_SKIPPED = range(5)
 #: R_STATUS
 NEW, WAITING, PREEMPTED, FINISHED, RUNNING = range(5)
 FLAG_STEADY = 2  # it only decodes, and its row stands still: see `steady`
 FLAG_CHUNK = 1  # the last call scheduled a part of its prefill (`Request.is_prefill_chunk`)
 
-# Limits of requests: `lim`, int32[n, 5]: tokens of the prompt, tokens it ends at, the most it may have, whether it may
-# not read the cache, and why it ends (schema.FINISH_REASONS).
-L_PROMPT, L_STOP, L_MOST, L_NO_READ, L_REASON = range(5)
-# Results of requests: `out`, int32[n, 6].
-O_FIRST, O_LAST, O_FINISH, O_CACHED, O_REASON, O_HIT = range(6)
-O_FIELDS = 6
 
 # Blocks: `blk`, int32[num_blocks + 1, 6]. The last row is no block: its links are the ends of the free queue.
 B_REFS, B_IDENTITY, B_NEXT, B_PREV, B_TWIN_NEXT, B_TWIN_PREV = range(6)
@@ -31,11 +33,12 @@ GUESSED = -2  # cached, and equal to no other: tokens that the trace does not kn
 
 # Running requests, by the slot of their block table: `st`, int64[slots, 16]. All but the order is of steady ones alone:
 # the steady calls and outputs before, its blocks and those cached, its chain and its length, the steady output that is
-# its last, whether the call before that leaves it out, its phase, and the links of the lists of phases and ends.
+# its last, whether the call before that leaves it out, its phase, and the links of the lists of phases and ends. The
+# last column is a stack of free slots.
 (
     ST_ORDER, ST_REQUEST, ST_CALLS, ST_OUTPUTS, ST_BLOCKS, ST_CACHED, ST_CHAIN, ST_KNOWN, ST_END, ST_SKIPS, ST_PHASE,
-    ST_PHASE_NEXT, ST_PHASE_PREV, ST_END_NEXT, ST_END_PREV,
-) = range(15)  # fmt: skip
+    ST_PHASE_NEXT, ST_PHASE_PREV, ST_END_NEXT, ST_END_PREV, ST_FREE,
+) = range(16)  # fmt: skip
 ST_FIELDS = 16
 
 # Settings: `p`, int64.
@@ -53,7 +56,8 @@ P_FIELDS = 32
     G_PREEMPTED, G_OWNERS, G_STUCK, G_HEAP, G_SCHEDULED, G_TOKENS, G_LOGGED_RUNNING, G_LOGGED_WAITING, G_ALLOCATED,
     G_HIT_AFTER, G_LOOKUP_AFTER, G_FINISHED, G_IDLE, G_OUTPUT, G_FILLED, G_ORDER, G_STEADY, G_STEADY_CALLS, G_OUTPUTS,
     G_LATE, G_STEP_BEFORE, G_STEADY_SCHEDULED, G_ABORTED, G_POLICY_CLOCK, G_BAD_VICTIM,
-) = range(44)  # fmt: skip
+    G_QUIET, G_LIVE,
+) = range(46)  # fmt: skip
 G_FIELDS = 48
 
 # What stops a run: DONE, the log or the rows of steps are full (go on after taking them), or nothing can go on.

@@ -22,10 +22,12 @@ from kvtrace_replay.schedulers.vllm_v1.layout import (
     G_FREE,
     G_IDLE,
     G_LATE,
+    G_LIVE,
     G_LOG,
     G_OUTPUTS,
     G_PREEMPTED,
     G_PREEMPTIONS,
+    G_QUIET,
     G_RUNNING,
     G_SCHEDULED,
     G_STEADY,
@@ -46,6 +48,8 @@ from kvtrace_replay.schedulers.vllm_v1.layout import (
     P_LOG,
     P_PRIORITY,
     P_ROWS,
+    Q_HEAP,
+    Q_REQUEST,
     R_CALL,
     R_COMPUTED,
     R_FLAGS,
@@ -66,7 +70,6 @@ from kvtrace_replay.schedulers.vllm_v1.layout import (
     S_RUNNING,
     S_TOKENS,
     S_WAITING,
-    ST_END,
     ST_END_NEXT,
     ST_REQUEST,
     STUCK,
@@ -84,9 +87,9 @@ from kvtrace_traces.compile import njit
 IDLE, STARVED = 1, 2  # g[G_IDLE]: nothing to do; or only an abort can free what the rest waits for
 
 
-@njit(cache=False, forceinline=True)
+@njit(cache=False)
 def take_arrivals(
-    tag, pol, p, g, req, blk, first, table, slots, heap, rank, lim, out, come, log, arrivals, arrival_at, room, st,
+    tag, pol, p, g, req, blk, first, table, order, come, log, arrivals, arrival_at, room, st,
     phases, ends,
 ):  # fmt: skip
     """Requests that are due arrive; where the engine idles, those of the next due step.
@@ -104,11 +107,12 @@ def take_arrivals(
                 return False
             log_arrival(log, g, arrivals, start, stop)
         req[request, R_STATUS] = WAITING
-        req[request, R_TOKENS] = lim[request, L_PROMPT]
+        g[G_LIVE] += req[request, L_STOP]
+        req[request, R_TOKENS] = req[request, L_PROMPT]
         req[request, R_CALL] = -1
-        enqueue(p, g, req, heap, rank, request, False)
+        enqueue(p, g, req, order, request, False)
         g[G_ARRIVED] += 1
-        if out[request, O_REASON] == ABORTED:  # before it came
+        if req[request, O_REASON] == ABORTED:  # before it came
             finish(
                 tag,
                 pol,
@@ -118,11 +122,7 @@ def take_arrivals(
                 blk,
                 first,
                 table,
-                slots,
-                heap,
-                rank,
-                lim,
-                out,
+                order,
                 log,
                 st,
                 phases,
@@ -133,9 +133,9 @@ def take_arrivals(
     return True
 
 
-@njit(cache=False, forceinline=True)
+@njit(cache=False)
 def take_aborts(
-    tag, pol, p, g, req, blk, first, table, slots, heap, rank, lim, out, gone, log, room, only_early, st, phases, ends,
+    tag, pol, p, g, req, blk, first, table, order, gone, log, room, only_early, st, phases, ends,
 ):  # fmt: skip
     """Aborts that are due; where the engine idles and nobody will arrive, the next one. As `take_arrivals`."""
     due = g[G_STEP]
@@ -157,11 +157,7 @@ def take_aborts(
                 blk,
                 first,
                 table,
-                slots,
-                heap,
-                rank,
-                lim,
-                out,
+                order,
                 log,
                 st,
                 phases,
@@ -170,7 +166,7 @@ def take_aborts(
                 ABORTED,
             )
         elif req[request, R_STATUS] == NEW:
-            out[request, O_REASON] = ABORTED
+            req[request, O_REASON] = ABORTED
         g[G_ABORTED] += 1
     return True
 
@@ -188,7 +184,7 @@ def next_due(g, come, gone):
 
 @njit(cache=False, forceinline=True)
 def take_output(
-    tag, pol, p, g, req, blk, first, table, slots, heap, rank, lim, chain, chain_at, granules, out, log, st, phases,
+    tag, pol, p, g, req, blk, first, table, order, chain, chain_at, log, st, phases,
     ends, request, tokens, sampled,
 ):  # fmt: skip
     """The output of a call for one of its requests."""
@@ -203,15 +199,16 @@ def take_output(
         return
     known = req[request, R_TOKENS] + 1
     req[request, R_TOKENS] = known
+    g[G_QUIET] = 0
     if p[P_ASYNC]:
         if not stale:
             req[request, R_HOLDERS] -= 1
         if status == RUNNING:
             cache_up_to(
-                tag, pol, p, g, req, blk, first, table, chain, chain_at, granules, log, request,
+                tag, pol, p, g, req, blk, first, table, chain, chain_at, log, request,
                 req[request, R_COMPUTED] - req[request, R_HOLDERS],
             )  # fmt: skip
-    if known >= lim[request, L_STOP]:
+    if known >= req[request, L_STOP]:
         finish(
             tag,
             pol,
@@ -221,46 +218,43 @@ def take_output(
             blk,
             first,
             table,
-            slots,
-            heap,
-            rank,
-            lim,
-            out,
+            order,
             log,
             st,
             phases,
             ends,
             request,
-            lim[request, L_REASON],
+            req[request, L_REASON],
         )
 
 
 @njit(cache=False, forceinline=True)
 def update(
-    tag, pol, p, g, req, blk, first, table, slots, heap, rank, lim, chain, chain_at, granules, out, log, st, phases,
+    tag, pol, p, g, req, blk, first, table, order, chain, chain_at, log, st, phases,
     ends, flight, n,
 ):  # fmt: skip
     """The output of a call arrives: `Scheduler.update_from_output`. `flight`: its `n` requests that are not steady, as
     (request, tokens, sampled); the steady ones, all of which stand before them, need looking at only where they end."""
-    if g[G_LATE]:
-        at = g[G_OUTPUTS] & (ends.shape[0] - 1)
-        slot = ends[at, HEAD]
-        while slot >= 0:
-            following = st[slot, ST_END_NEXT]
-            if st[slot, ST_END] == g[G_OUTPUTS]:
-                request = st[slot, ST_REQUEST]
-                leave(p, g, req, st, phases, ends, out, request)
-                take_output(
-                    tag, pol, p, g, req, blk, first, table, slots, heap, rank, lim, chain, chain_at, granules, out,
-                    log, st, phases, ends, request, 1, 1,
-                )  # fmt: skip
-            slot = following
-        g[G_OUTPUTS] += 1
-    for i in range(n):
+    slot, i = -1, 0
+    if g[G_LATE]:  # the list holds who ends now, since it has a place for each output that anyone can still wait for
+        slot = ends[g[G_OUTPUTS] & (ends.shape[0] - 1), HEAD]
+    while True:
+        if slot >= 0:
+            request, tokens, sampled = st[slot, ST_REQUEST], 1, 1
+            slot = st[slot, ST_END_NEXT]
+            leave(p, g, req, st, phases, ends, request)
+        elif i < n:
+            request, tokens, sampled = np.int64(flight[i, 0]), np.int64(flight[i, 1]), np.int64(flight[i, 2])
+            i += 1
+        else:
+            break
         take_output(
-            tag, pol, p, g, req, blk, first, table, slots, heap, rank, lim, chain, chain_at, granules, out, log, st,
-            phases, ends, flight[i, 0], flight[i, 1], flight[i, 2],
+            tag, pol, p, g, req, blk, first, table, order, chain, chain_at, log, st,
+            phases, ends, request, tokens, sampled,
         )  # fmt: skip
+    if g[G_LATE]:
+        g[G_OUTPUTS] += 1
+        g[G_QUIET] = 0
 
 
 @njit(cache=False, forceinline=True)
@@ -299,7 +293,7 @@ def send(g, req, sch, flights, flight_n):
 
 
 @njit(cache=False)
-def is_stuck(p, g, req, byrank, heap, flight_n):
+def is_stuck(p, g, req, order, flight_n):
     """After a call without tokens: whether nothing that is under way can change that. Sets `g[G_STUCK]`."""
     for k in range(g[G_FLIGHTS]):
         if flight_n[k, 1] > 0:
@@ -307,15 +301,15 @@ def is_stuck(p, g, req, byrank, heap, flight_n):
     end = req.shape[0] - 1
     stuck = req[end, R_RUN_NEXT]
     if stuck == end:
-        stuck = byrank[heap[0]] if p[P_PRIORITY] else req[end, R_WAIT_NEXT]
+        stuck = order[order[0, Q_HEAP], Q_REQUEST] if p[P_PRIORITY] else req[end, R_WAIT_NEXT]
     g[G_STUCK] = stuck
     return True
 
 
 @njit
 def run(
-    tag, pol, p, g, req, blk, first, table, slots, heap, rank, vrank, byrank, lim, chain, chain_at, granules, sch, out,
-    owners, skipped, come, gone, flights, flight_n, spare, st, phases, ends, rows, log, arrivals, arrival_at, room,
+    tag, pol, p, g, req, blk, first, table, order, chain, chain_at, sch,
+    owners, come, gone, flights, flight_n, st, phases, ends, rows, log, arrivals, arrival_at, room,
 ):  # fmt: skip
     """Run until nothing is left (DONE), nothing can go on (STUCK: `g[G_STUCK]` is the request), or buffers are full
     (FULL: take them, set `g[G_LOG]` and `g[G_STEP_ROWS]` to 0, and call again). `room`: words a call may log."""
@@ -325,19 +319,20 @@ def run(
             return FULL
         if p[P_ROWS] and g[G_STEP_ROWS] >= rows.shape[0]:
             return FULL
-        if not take_arrivals(
-            tag, pol, p, g, req, blk, first, table, slots, heap, rank, lim, out, come, log, arrivals, arrival_at, room,
+        due = next_due(g, come, gone)
+        if (g[G_IDLE] or due <= g[G_STEP]) and not take_arrivals(
+            tag, pol, p, g, req, blk, first, table, order, come, log, arrivals, arrival_at, room,
             st, phases, ends,
         ):  # fmt: skip
             return FULL
-        if not take_aborts(
-            tag, pol, p, g, req, blk, first, table, slots, heap, rank, lim, out, gone, log, room, False, st, phases,
+        if (g[G_IDLE] or due <= g[G_STEP]) and not take_aborts(
+            tag, pol, p, g, req, blk, first, table, order, gone, log, room, False, st, phases,
             ends,
         ):  # fmt: skip
             return FULL
         g[G_IDLE] = 0
         if coast(
-            tag, pol, p, g, blk, first, table, chain, granules, owners, log, st, phases, ends, flight_n,
+            tag, pol, p, g, req, blk, first, table, chain, owners, log, st, phases, ends, flight_n,
             next_due(g, come, gone),
         ):  # fmt: skip
             continue
@@ -345,8 +340,8 @@ def run(
         if unfinished > 0 or g[G_FINISHED_IDS]:
             evictions, preemptions = g[G_EVICTIONS], g[G_PREEMPTIONS]
             schedule(
-                tag, pol, p, g, req, blk, first, table, slots, heap, rank, vrank, byrank, lim, chain, chain_at,
-                granules, sch, out, owners, log, skipped, st, phases, ends, flights, flight_n, spare,
+                tag, pol, p, g, req, blk, first, table, order, chain, chain_at,
+                sch, owners, log, st, phases, ends, flights, flight_n,
             )  # fmt: skip
             send(g, req, sch, flights, flight_n)
             calm = g[G_PREEMPTIONS] == preemptions
@@ -355,7 +350,10 @@ def run(
                     note_step(g, req, sch, rows, evictions)
                 g[G_EMPTY] = 0
                 g[G_PREEMPTED] = 0
-            elif unfinished > 0 and calm and is_stuck(p, g, req, byrank, heap, flight_n):
+                if g[G_QUIET] > 100 + 2 * g[G_LIVE]:  # they preempt each other for ever
+                    g[G_STUCK] = req[end, R_RUN_NEXT] if g[G_RUNNING] > 0 else sch[0, 0]
+                    return STUCK
+            elif unfinished > 0 and calm and is_stuck(p, g, req, order, flight_n):
                 if g[G_ARRIVED] < come.shape[0]:
                     g[G_IDLE] = IDLE
                 elif g[G_ABORTED] < gone.shape[0]:
@@ -373,22 +371,23 @@ def run(
         else:
             calm = False
             if g[G_STEADY] > 0:  # never, for steady requests are unfinished
-                dissolve(p, g, req, st, phases, ends, out, flights, flight_n, spare)
-        take_aborts(
-            tag, pol, p, g, req, blk, first, table, slots, heap, rank, lim, out, gone, log, room, True, st, phases,
-            ends,
-        )  # fmt: skip
+                dissolve(p, g, req, st, phases, ends, flights, flight_n)
+        if g[G_ABORTED] < gone.shape[0] and gone[g[G_ABORTED], A_DUE] <= g[G_STEP]:
+            take_aborts(
+                tag, pol, p, g, req, blk, first, table, order, gone, log, room, True, st, phases,
+                ends,
+            )  # fmt: skip
         g[G_FLIGHTS] -= 1
         oldest = g[G_FLIGHTS]
         if p[P_LOG] and flight_n[oldest, 1] > 0:
             log_output(log, g)
         late = g[G_LATE]
         update(
-            tag, pol, p, g, req, blk, first, table, slots, heap, rank, lim, chain, chain_at, granules, out, log, st,
+            tag, pol, p, g, req, blk, first, table, order, chain, chain_at, log, st,
             phases, ends, flights[oldest], flight_n[oldest, 0],
         )  # fmt: skip
         g[G_LATE] = 0
         if p[P_FAST] and calm and g[G_RUNNING] > g[G_STEADY]:
             unsteady = first_unsteady(g, req) if late else req[end, R_RUN_NEXT]
             if unsteady >= 0:
-                gather(p, g, req, st, phases, ends, lim, chain_at, flights, flight_n, unsteady)
+                gather(p, g, req, st, phases, ends, chain_at, flights, flight_n, unsteady)

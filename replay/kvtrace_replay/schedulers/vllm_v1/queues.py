@@ -1,7 +1,7 @@
 """The running list and the waiting queue: lists through the rows of `req`, or a heap where priorities rule.
 
 The last row of `req` is the end of both lists. The heap holds ranks: positions of requests in the order of (priority,
-arrival time, id), in which no two are equal.
+arrival time, id), in which no two are equal. It is a column of `order`, whose others tell ranks and requests.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
@@ -12,6 +12,8 @@ from kvtrace_replay.schedulers.vllm_v1.layout import (
     G_RUNNING,
     G_WAITING,
     P_PRIORITY,
+    Q_HEAP,
+    Q_RANK,
     R_RUN_NEXT,
     R_RUN_PREV,
     R_WAIT_NEXT,
@@ -56,49 +58,49 @@ def unlink_waiting(req, request):
 
 
 @njit(cache=False)
-def push_heap(heap, g, rank):
+def push_heap(order, g, rank):
     """As `heapq.heappush`."""
     at = g[G_HEAP]
     g[G_HEAP] = at + 1
     while at > 0:
         parent = (at - 1) >> 1
-        if heap[parent] <= rank:
+        if order[parent, Q_HEAP] <= rank:
             break
-        heap[at] = heap[parent]
+        order[at, Q_HEAP] = order[parent, Q_HEAP]
         at = parent
-    heap[at] = rank
+    order[at, Q_HEAP] = rank
 
 
 @njit(cache=False)
-def sink(heap, n, at, rank):
+def sink(order, n, at, rank):
     while True:
         child = 2 * at + 1
         if child >= n:
             break
-        if child + 1 < n and heap[child + 1] < heap[child]:
+        if child + 1 < n and order[child + 1, Q_HEAP] < order[child, Q_HEAP]:
             child += 1
-        if heap[child] >= rank:
+        if order[child, Q_HEAP] >= rank:
             break
-        heap[at] = heap[child]
+        order[at, Q_HEAP] = order[child, Q_HEAP]
         at = child
-    heap[at] = rank
+    order[at, Q_HEAP] = rank
 
 
 @njit(cache=False)
-def pop_heap(heap, g):
-    top = heap[0]
+def pop_heap(order, g):
+    top = order[0, Q_HEAP]
     n = g[G_HEAP] - 1
     g[G_HEAP] = n
     if n > 0:
-        sink(heap, n, 0, heap[n])
+        sink(order, n, 0, order[n, Q_HEAP])
     return top
 
 
 @njit(cache=False)
-def enqueue(p, g, req, heap, rank, request, at_front):
+def enqueue(p, g, req, order, request, at_front):
     """`request` waits: at the head for a preempted one, else at the end; by rank where priorities rule."""
     if p[P_PRIORITY]:
-        push_heap(heap, g, rank[request])
+        push_heap(order, g, order[request, Q_RANK])
     else:
         end = req.shape[0] - 1
         link_waiting(req, end if at_front else req[end, R_WAIT_PREV], request)
@@ -106,18 +108,18 @@ def enqueue(p, g, req, heap, rank, request, at_front):
 
 
 @njit(cache=False)
-def withdraw(p, g, req, heap, rank, request):
+def withdraw(p, g, req, order, request):
     """`request` waits no more, wherever in the queue it is."""
     if p[P_PRIORITY]:
         n = g[G_HEAP]
         for i in range(n):
-            if heap[i] == rank[request]:
+            if order[i, Q_HEAP] == order[request, Q_RANK]:
                 n -= 1
                 g[G_HEAP] = n
                 if i < n:
-                    moved = heap[n]
-                    sink(heap, n, i, moved)
-                    rise(heap, i)
+                    moved = order[n, Q_HEAP]
+                    sink(order, n, i, moved)
+                    rise(order, i)
                 break
     else:
         unlink_waiting(req, request)
@@ -125,12 +127,12 @@ def withdraw(p, g, req, heap, rank, request):
 
 
 @njit(cache=False)
-def rise(heap, at):
-    rank = heap[at]
+def rise(order, at):
+    rank = order[at, Q_HEAP]
     while at > 0:
         parent = (at - 1) >> 1
-        if heap[parent] <= rank:
+        if order[parent, Q_HEAP] <= rank:
             break
-        heap[at] = heap[parent]
+        order[at, Q_HEAP] = order[parent, Q_HEAP]
         at = parent
-    heap[at] = rank
+    order[at, Q_HEAP] = rank

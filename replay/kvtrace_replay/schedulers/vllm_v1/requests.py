@@ -13,12 +13,15 @@ from kvtrace_replay.schedulers.vllm_v1.layout import (
     G_FINISHED,
     G_FINISHED_IDS,
     G_GUESSED,
+    G_LIVE,
     G_PREEMPTED,
     G_PREEMPTIONS,
     G_SLOTS,
     G_STEP,
     GUESSED,
+    L_GRANULES,
     L_PROMPT,
+    L_STOP,
     O_FINISH,
     O_REASON,
     P_BLOCK_SIZE,
@@ -39,6 +42,7 @@ from kvtrace_replay.schedulers.vllm_v1.layout import (
     R_STATUS,
     R_TOKENS,
     RUNNING,
+    ST_FREE,
 )
 from kvtrace_replay.schedulers.vllm_v1.queues import enqueue, remove_running, withdraw
 from kvtrace_replay.schedulers.vllm_v1.steady import leave
@@ -60,7 +64,7 @@ def key_of(first, chain, chain_at, request, i):
 
 
 @njit(cache=False)
-def cache_up_to(tag, pol, p, g, req, blk, first, table, chain, chain_at, granules, log, request, tokens):
+def cache_up_to(tag, pol, p, g, req, blk, first, table, chain, chain_at, log, request, tokens):
     """Cache the full blocks of the first `tokens` tokens: `SingleTypeKVCacheManager.cache_blocks`."""
     if not p[P_CACHING]:
         return
@@ -76,7 +80,7 @@ def cache_up_to(tag, pol, p, g, req, blk, first, table, chain, chain_at, granule
         else:
             g[G_GUESSED] += 1
             if p[P_LOG]:
-                for nth in range(max(granules[request], i * p[P_STRIDE]), (i + 1) * p[P_STRIDE]):
+                for nth in range(max(req[request, L_GRANULES], i * p[P_STRIDE]), (i + 1) * p[P_STRIDE]):
                     log_guess(log, g, request, nth)
         remember(tag, pol, blk, first, g, table[slot, i], identity)
     req[request, R_CACHED] = full
@@ -98,12 +102,12 @@ def extend(tag, pol, p, g, req, blk, first, table, chain, chain_at, owners, log,
 
 
 @njit(cache=False)
-def release(tag, pol, p, g, req, blk, first, table, slots, request):
+def release(tag, pol, p, g, req, blk, first, table, st, request):
     """All blocks of a request go back: `KVCacheManager.free`."""
     slot = req[request, R_SLOT]
     if slot >= 0:
         give_back(tag, pol, blk, first, g, table[slot], req[request, R_BLOCKS], p[P_UNCACHED_FIRST] != 0)
-        slots[g[G_SLOTS]] = slot
+        st[g[G_SLOTS], ST_FREE] = slot
         g[G_SLOTS] += 1
     req[request, R_SLOT] = -1
     req[request, R_BLOCKS] = 0
@@ -111,13 +115,13 @@ def release(tag, pol, p, g, req, blk, first, table, slots, request):
 
 
 @njit(cache=False)
-def preempt(tag, pol, p, g, req, blk, first, table, slots, heap, rank, log, request):
+def preempt(tag, pol, p, g, req, blk, first, table, order, log, st, request):
     """`Scheduler._preempt_request`: the request starts anew, at the head of the waiting queue."""
     if p[P_LOG]:
         leave_set(req, g, request)
         log_preempt(log, g, request, req[request, R_COMPUTED], req[request, R_BLOCKS])
     remove_running(req, g, request)
-    release(tag, pol, p, g, req, blk, first, table, slots, request)
+    release(tag, pol, p, g, req, blk, first, table, st, request)
     req[request, R_STATUS] = PREEMPTED
     req[request, R_COMPUTED] = 0
     req[request, R_STALE] = req[request, R_FLIGHT]
@@ -125,24 +129,25 @@ def preempt(tag, pol, p, g, req, blk, first, table, slots, heap, rank, log, requ
     req[request, R_PREEMPTIONS] += 1
     g[G_PREEMPTIONS] += 1
     g[G_PREEMPTED] += 1
-    enqueue(p, g, req, heap, rank, request, True)
+    enqueue(p, g, req, order, request, True)
 
 
 @njit(cache=False)
-def finish(tag, pol, p, g, req, blk, first, table, slots, heap, rank, lim, out, log, st, phases, ends, request, reason):
+def finish(tag, pol, p, g, req, blk, first, table, order, log, st, phases, ends, request, reason):
     """The request ends and gives its blocks back: `Scheduler._free_request`."""
     if req[request, R_FLAGS] & FLAG_STEADY:
-        leave(p, g, req, st, phases, ends, out, request)
+        leave(p, g, req, st, phases, ends, request)
     if p[P_LOG]:
         leave_set(req, g, request)
-        log_finish(log, g, request, reason, req[request, R_TOKENS] - lim[request, L_PROMPT], req[request, R_BLOCKS])
+        log_finish(log, g, request, reason, req[request, R_TOKENS] - req[request, L_PROMPT], req[request, R_BLOCKS])
     if req[request, R_STATUS] == RUNNING:
         remove_running(req, g, request)
     else:
-        withdraw(p, g, req, heap, rank, request)
-    release(tag, pol, p, g, req, blk, first, table, slots, request)
+        withdraw(p, g, req, order, request)
+    release(tag, pol, p, g, req, blk, first, table, st, request)
     req[request, R_STATUS] = FINISHED
-    out[request, O_FINISH] = max(g[G_STEP] - 1, 0)
-    out[request, O_REASON] = reason
+    req[request, O_FINISH] = max(g[G_STEP] - 1, 0)
+    req[request, O_REASON] = reason
     g[G_FINISHED_IDS] = 1
     g[G_FINISHED] += 1
+    g[G_LIVE] -= req[request, L_STOP]

@@ -38,7 +38,7 @@ class Run:
         hit_tokens, lookup_tokens: of all admissions; hit_tokens_after, lookup_tokens_after: of those after a
             preemption.
         finished: requests that ended. guessed: blocks cached whose tokens the trace does not know.
-        requests: int32[n, 6], columns `layout.O_*`. preempted: int32[n], how often each was.
+        requests: int32[n, 32], of which `layout.O_*` are results. preempted: int32[n], how often each was.
         tokens: int32[n], prompt and output at the end.
         rows: int32[steps, 9], columns `layout.S_*`, where asked for; else empty.
         seconds: what the kernel took.
@@ -149,7 +149,7 @@ def run_in_pieces(
         finished=int(g[at.G_FINISHED]),
         guessed=int(g[at.G_GUESSED]),
         events=int(g[at.G_EVENTS]),
-        requests=state["out"],
+        requests=state["req"][:-1],
         preempted=state["req"][:-1, at.R_PREEMPTIONS].copy(),
         tokens=state["req"][:-1, at.R_TOKENS].copy(),
         rows=np.concatenate(rows) if rows else np.zeros((0, at.S_FIELDS), np.int32),
@@ -171,26 +171,34 @@ def _state(
     slots = min(settings.max_num_seqs, n)
     chain, chain_at = recorded.blocks(settings.block_size)
     identities = int(recorded.hashes.size)
-    rank, victims = recorded.ranks() if settings.scheduling_policy == "priority" else (np.zeros(n, np.int32),) * 2
-    by_rank = np.zeros(n, np.int32)
-    by_rank[rank] = np.arange(n, dtype=np.int32)
     longest = int(recorded.stop.max(initial=1)) + 2 * settings.depth
     req = np.zeros((n + 1, at.R_FIELDS), np.int32)
     req[:, at.R_SLOT] = -1
     req[n, [at.R_RUN_NEXT, at.R_RUN_PREV, at.R_WAIT_NEXT, at.R_WAIT_PREV]] = n
+    for column, values in (
+        (at.L_PROMPT, recorded.prompt),
+        (at.L_STOP, recorded.stop),
+        (at.L_MOST, recorded.most),
+        (at.L_NO_READ, recorded.no_read),
+        (at.L_REASON, recorded.reason),
+        (at.L_GRANULES, np.diff(recorded.chain_at)),
+    ):
+        req[:n, column] = values
+    req[:, [at.O_FIRST, at.O_LAST, at.O_FINISH, at.O_CACHED, at.O_REASON]] = -1
+    order = np.zeros((n + 1, 5), np.int32)
+    if settings.scheduling_policy == "priority":
+        order[:n, at.Q_RANK], order[:n, at.Q_VICTIM] = recorded.ranks()
+        order[order[:n, at.Q_RANK], at.Q_REQUEST] = np.arange(n, dtype=np.int32)
+    st = np.zeros((slots, at.ST_FIELDS), np.int64)
+    st[:, at.ST_FREE] = np.arange(slots)[::-1]
     blk = np.zeros((blocks + 1, at.B_FIELDS), np.int32)
     blk[:, at.B_IDENTITY] = at.NO_IDENTITY
     # The free queue: 1, 2, ... in order; block 0 is the null block.
-    order = np.concatenate([[blocks], np.arange(1, blocks), [blocks]]).astype(np.int32)
-    blk[order[:-1], at.B_NEXT] = order[1:]
-    blk[order[1:], at.B_PREV] = order[:-1]
+    queue = np.concatenate([[blocks], np.arange(1, blocks), [blocks]]).astype(np.int32)
+    blk[queue[:-1], at.B_NEXT] = queue[1:]
+    blk[queue[1:], at.B_PREV] = queue[:-1]
     g = np.zeros(at.G_FIELDS, np.int64)
     g[at.G_FREE], g[at.G_SLOTS] = blocks - 1, slots
-    lim = np.stack(
-        [recorded.prompt, recorded.stop, recorded.most, recorded.no_read.astype(np.int32), recorded.reason], axis=1
-    ).astype(np.int32)
-    out = np.full((n, at.O_FIELDS), -1, np.int32)
-    out[:, at.O_HIT] = 0
     tag, pol = _policy(policy, recorded, settings, chain, chain_at)
     return {
         "tag": tag,
@@ -201,25 +209,16 @@ def _state(
         "blk": blk,
         "first": np.full(identities + 1, -1, np.int32),  # one more, that nothing holds
         "table": np.zeros((slots, longest // settings.block_size + 2), np.int32),
-        "slots": np.arange(slots, dtype=np.int32)[::-1].copy(),
-        "heap": np.zeros(n + 1, np.int32),
-        "rank": rank,
-        "vrank": victims,
-        "byrank": by_rank,
-        "lim": lim,
+        "order": order,
         "chain": chain,
         "chain_at": chain_at,
-        "granules": np.diff(recorded.chain_at).astype(np.int32),
-        "sch": np.zeros((slots + 1, 2), np.int32),
-        "out": out,
+        "sch": np.zeros((slots + 1, 3), np.int32),
         "owners": np.zeros(2 * blocks + slots if logged else 1, np.int32),
-        "skipped": np.zeros(n + 1, np.int32),
         "come": recorded.arrivals(arrivals),
         "gone": recorded.aborts(),
-        "flights": np.zeros((settings.depth + 1, slots + 1, 3), np.int32),
+        "flights": np.zeros((settings.depth + 2, slots + 1, 3), np.int32),  # one more, to copy to
         "flight_n": np.zeros((settings.depth + 1, 2), np.int64),
-        "spare": np.zeros((slots + 1, 3), np.int32),
-        "st": np.zeros((slots, at.ST_FIELDS), np.int64),
+        "st": st,
         "phases": _empty_lists(settings.block_size),
         "ends": _empty_lists(1 << int(longest).bit_length()),
         "rows": np.zeros((STEP_ROWS if step_rows else 1, at.S_FIELDS), np.int32),

@@ -18,6 +18,7 @@ from kvtrace_replay.schedulers.vllm_v1.layout import (
     G_LOOKUP_AFTER,
     G_LOOKUP_TOKENS,
     G_ORDER,
+    G_QUIET,
     G_RUNNING,
     G_SCHEDULED,
     G_SLOTS,
@@ -52,6 +53,11 @@ from kvtrace_replay.schedulers.vllm_v1.layout import (
     P_SKIPS_FINISHING,
     P_VICTIM,
     P_WATERMARK,
+    Q_HEAP,
+    Q_RANK,
+    Q_REQUEST,
+    Q_SKIPPED,
+    Q_VICTIM,
     R_BLOCKS,
     R_CACHED,
     R_CALL,
@@ -68,6 +74,7 @@ from kvtrace_replay.schedulers.vllm_v1.layout import (
     R_TOKENS,
     R_WAIT_NEXT,
     RUNNING,
+    ST_FREE,
     ST_ORDER,
 )
 from kvtrace_replay.schedulers.vllm_v1.queues import append_running, link_waiting, pop_heap, push_heap, unlink_waiting
@@ -91,7 +98,7 @@ def long_prefill_limit(p, g):
 
 
 @njit(cache=False)
-def victim_of(p, req, vrank):
+def victim_of(p, req, order):
     """Who is preempted: the last to run, or, by priority, the first of those with the highest (priority, arrival)."""
     end = req.shape[0] - 1
     chosen = req[end, R_RUN_PREV]
@@ -99,7 +106,7 @@ def victim_of(p, req, vrank):
         request = req[end, R_RUN_NEXT]
         chosen = request
         while request != end:
-            if vrank[request] > vrank[chosen]:
+            if order[request, Q_VICTIM] > order[chosen, Q_VICTIM]:
                 chosen = request
             request = req[request, R_RUN_NEXT]
     return chosen
@@ -125,7 +132,7 @@ def unschedule(g, sch, request):
         if sch[i, 0] == request:
             tokens = sch[i, 1]
             for j in range(i, n - 1):
-                sch[j, 0], sch[j, 1] = sch[j + 1, 0], sch[j + 1, 1]
+                sch[j] = sch[j + 1]
             g[G_SCHEDULED] = n - 1
             return tokens
     return 0
@@ -133,7 +140,7 @@ def unschedule(g, sch, request):
 
 @njit(cache=False, forceinline=True)
 def schedule_running(
-    tag, pol, p, g, req, blk, first, table, slots, heap, rank, vrank, lim, chain, chain_at, granules, sch, owners, log,
+    tag, pol, p, g, req, blk, first, table, order, chain, chain_at, sch, owners, log, st,
     limit, request, budget,
 ):  # fmt: skip
     """The first loop of `Scheduler.schedule`, from `request` on. Returns (budget left, whether anyone was preempted)."""
@@ -142,7 +149,7 @@ def schedule_running(
     while request != end and budget > 0:
         computed, holders = req[request, R_COMPUTED], req[request, R_HOLDERS]
         following = req[request, R_RUN_NEXT]
-        if p[P_SKIPS_FINISHING] and holders > 0 and computed + 2 - holders >= lim[request, L_MOST]:
+        if p[P_SKIPS_FINISHING] and holders > 0 and computed + 2 - holders >= req[request, L_MOST]:
             request = following  # the output on its way is its last
             continue
         tokens = req[request, R_TOKENS] + holders - computed
@@ -155,7 +162,7 @@ def schedule_running(
         need = blocks_of(min(computed + tokens, p[P_MAX_LEN]), p[P_BLOCK_SIZE]) - req[request, R_BLOCKS]
         fits, overlooked = True, 0
         while need > g[G_FREE]:
-            victim = victim_of(p, req, vrank)
+            victim = victim_of(p, req, order)
             preempted = True
             if p[P_PRIORITY] and p[P_VICTIM] == VICTIM_STAYS_SCHEDULED:
                 overlooked += stands_before(req, victim, request)
@@ -164,7 +171,7 @@ def schedule_running(
                 budget += restored
                 if p[P_VICTIM] == VICTIM_INDEX_IF_SCHEDULED and restored == 0:
                     overlooked += stands_before(req, victim, request)
-            preempt(tag, pol, p, g, req, blk, first, table, slots, heap, rank, log, victim)
+            preempt(tag, pol, p, g, req, blk, first, table, order, log, st, victim)
             if victim == request:
                 fits = False
                 break
@@ -173,11 +180,11 @@ def schedule_running(
         if need > 0:
             extend(tag, pol, p, g, req, blk, first, table, chain, chain_at, owners, log, request, need)
         cache_up_to(
-            tag, pol, p, g, req, blk, first, table, chain, chain_at, granules, log, request, min(computed + tokens,
+            tag, pol, p, g, req, blk, first, table, chain, chain_at, log, request, min(computed + tokens,
             req[request, R_TOKENS]),
         )  # fmt: skip
         n = g[G_SCHEDULED]
-        sch[n, 0], sch[n, 1] = request, tokens
+        sch[n, 0], sch[n, 1], sch[n, 2] = request, tokens, computed
         g[G_SCHEDULED] = n + 1
         budget -= tokens
         request = req[request, R_RUN_NEXT]  # as it is now: victims have left the list
@@ -188,9 +195,9 @@ def schedule_running(
 
 
 @njit(cache=False, forceinline=True)
-def longest_hit(p, req, first, lim, chain, chain_at, request):
+def longest_hit(p, req, first, chain, chain_at, request):
     """Blocks of the longest cached prefix: `FullAttentionManager.find_longest_cache_hit`, the last token left out."""
-    if not p[P_CACHING] or lim[request, L_NO_READ]:
+    if not p[P_CACHING] or req[request, L_NO_READ]:
         return 0
     start = chain_at[request]
     most = min((req[request, R_TOKENS] - 1) // p[P_BLOCK_SIZE], chain_at[request + 1] - start)
@@ -202,7 +209,7 @@ def longest_hit(p, req, first, lim, chain, chain_at, request):
 
 @njit(cache=False, forceinline=True)
 def admit(
-    tag, pol, p, g, req, blk, first, table, slots, lim, chain, chain_at, granules, sch, out, owners, log, request,
+    tag, pol, p, g, req, blk, first, table, chain, chain_at, sch, owners, log, st, request,
     limit, budget,
 ):  # fmt: skip
     """Try to start a waiting request, still in its queue. Returns the tokens scheduled for it, 0 if it has to wait, -1
@@ -210,8 +217,9 @@ def admit(
     size = p[P_BLOCK_SIZE]
     known = req[request, R_TOKENS]
     hit, computed = 0, req[request, R_COMPUTED]
-    if computed == 0:  # always, but for what up to 0.10 becomes of a victim that stays scheduled
-        hit = longest_hit(p, req, first, lim, chain, chain_at, request)
+    looked_up = computed == 0 and p[P_CACHING] and not req[request, L_NO_READ]
+    if computed == 0:  # always, but for what up to 0.11.0 becomes of a victim that stays scheduled
+        hit = longest_hit(p, req, first, chain, chain_at, request)
         computed = hit * size
     tokens = known - computed
     if 0 < limit < tokens:
@@ -235,7 +243,7 @@ def admit(
         return 0
 
     g[G_SLOTS] -= 1
-    slot = slots[g[G_SLOTS]]
+    slot = st[g[G_SLOTS], ST_FREE]
     req[request, R_SLOT] = slot
     for i in range(hit):
         block = first[chain[start + i]]
@@ -246,33 +254,33 @@ def admit(
     req[request, R_BLOCKS] = hit + need
     req[request, R_CACHED] = hit
     if p[P_LOG]:
-        log_lookup(log, g, request, known, computed if p[P_CACHING] and not lim[request, L_NO_READ] else -1)
+        log_lookup(log, g, request, known, computed if looked_up else -1)
         log_blocks(log, g, HIT, table[slot], 0, hit)
         log_blocks(log, g, ALLOCN, table[slot], hit, hit + need)
     cache_up_to(
-        tag, pol, p, g, req, blk, first, table, chain, chain_at, granules, log, request, min(computed + tokens, known),
+        tag, pol, p, g, req, blk, first, table, chain, chain_at, log, request, min(computed + tokens, known),
     )  # fmt: skip
     req[request, R_COMPUTED] = computed
-    if p[P_CACHING] and not lim[request, L_NO_READ]:
+    if looked_up:
         g[G_HIT_TOKENS] += computed
         g[G_LOOKUP_TOKENS] += known
-        out[request, O_HIT] += computed
+        req[request, O_HIT] += computed
         if req[request, R_PREEMPTIONS] > 0:
             g[G_HIT_AFTER] += computed
             g[G_LOOKUP_AFTER] += known
-    if out[request, O_CACHED] < 0:
-        out[request, O_CACHED] = computed
+    if req[request, O_CACHED] < 0:
+        req[request, O_CACHED] = computed
     req[request, R_STATUS] = RUNNING
     n = g[G_SCHEDULED]
-    sch[n, 0], sch[n, 1] = request, tokens
+    sch[n, 0], sch[n, 1], sch[n, 2] = request, tokens, computed
     g[G_SCHEDULED] = n + 1
     return tokens
 
 
 @njit(cache=False, forceinline=True)
 def schedule_waiting(
-    tag, pol, p, g, req, blk, first, table, slots, heap, rank, byrank, lim, chain, chain_at, granules, sch, out,
-    owners, log, limit, budget, skipped, st,
+    tag, pol, p, g, req, blk, first, table, order, chain, chain_at, sch,
+    owners, log, limit, budget, st,
 ):  # fmt: skip
     """The second loop of `Scheduler.schedule`: the head of the queue starts, or blocks all behind it."""
     end = req.shape[0] - 1
@@ -280,30 +288,30 @@ def schedule_waiting(
     request = req[end, R_WAIT_NEXT]
     while budget > 0 and g[G_RUNNING] < p[P_MAX_SEQS]:
         if p[P_PRIORITY]:
-            request = byrank[heap[0]] if g[G_WAITING] > n_skipped else end
+            request = order[order[0, Q_HEAP], Q_REQUEST] if g[G_WAITING] > n_skipped else end
         if request == end:
             break
         following = req[request, R_WAIT_NEXT]
         tokens = -1  # its stale outputs are on their way: it cannot resume before
         if req[request, R_STALE] <= 0:
             tokens = admit(
-                tag, pol, p, g, req, blk, first, table, slots, lim, chain, chain_at, granules, sch, out, owners, log,
+                tag, pol, p, g, req, blk, first, table, chain, chain_at, sch, owners, log, st,
                 request, limit, budget,
             )  # fmt: skip
         if tokens == 0:
             break
         if tokens < 0:
-            skipped[n_skipped] = request
+            order[n_skipped, Q_SKIPPED] = request
             n_skipped += 1
             if p[P_PRIORITY]:
-                pop_heap(heap, g)
+                pop_heap(order, g)
             elif p[P_PASSES_LONG]:
                 unlink_waiting(req, request)
             request = following
             continue
         budget -= tokens
         if p[P_PRIORITY]:
-            pop_heap(heap, g)
+            pop_heap(order, g)
         else:
             unlink_waiting(req, request)
         g[G_WAITING] -= 1
@@ -313,15 +321,15 @@ def schedule_waiting(
         request = following
     for i in range(n_skipped):
         if p[P_PRIORITY]:
-            push_heap(heap, g, rank[skipped[i]])
+            push_heap(order, g, order[order[i, Q_SKIPPED], Q_RANK])
         elif p[P_PASSES_LONG]:  # up to 0.10: put back at the head one by one, so the last first
-            link_waiting(req, end, skipped[i])
+            link_waiting(req, end, order[i, Q_SKIPPED])
 
 
 @njit(cache=False, forceinline=True)
 def schedule(
-    tag, pol, p, g, req, blk, first, table, slots, heap, rank, vrank, byrank, lim, chain, chain_at, granules, sch, out,
-    owners, log, skipped, st, phases, ends, flights, flight_n, spare,
+    tag, pol, p, g, req, blk, first, table, order, chain, chain_at, sch,
+    owners, log, st, phases, ends, flights, flight_n,
 ):  # fmt: skip
     """A call. Leaves what it scheduled in `sch`, `g[G_SCHEDULED]` rows of it, and `g[G_TOKENS]`; of steady requests,
     their number in `g[G_STEADY_SCHEDULED]`."""
@@ -337,19 +345,19 @@ def schedule(
         if can_stay_steady(p, g, req, phases, unsteady, limit):
             steady = g[G_STEADY] - left_out(p, g, st, ends)
             phase = g[G_STEADY_CALLS] % p[P_BLOCK_SIZE]
-            steady_call(tag, pol, p, g, blk, first, table, chain, granules, owners, log, st, phases, phase)
+            steady_call(tag, pol, p, g, req, blk, first, table, chain, owners, log, st, phases, phase)
             request = unsteady
             g[G_LATE] = 1
         else:
-            dissolve(p, g, req, st, phases, ends, out, flights, flight_n, spare)
+            dissolve(p, g, req, st, phases, ends, flights, flight_n)
     budget, preempted = schedule_running(
-        tag, pol, p, g, req, blk, first, table, slots, heap, rank, vrank, lim, chain, chain_at, granules, sch, owners,
-        log, limit, request, budget - steady,
+        tag, pol, p, g, req, blk, first, table, order, chain, chain_at, sch, owners,
+        log, st, limit, request, budget - steady,
     )  # fmt: skip
     if not preempted:
         schedule_waiting(
-            tag, pol, p, g, req, blk, first, table, slots, heap, rank, byrank, lim, chain, chain_at, granules, sch,
-            out, owners, log, limit, budget, skipped, st,
+            tag, pol, p, g, req, blk, first, table, order, chain, chain_at, sch,
+            owners, log, limit, budget, st,
         )  # fmt: skip
     if p[P_LOG]:
         log_sched(log, g, req, sch, owners, st, steady)
@@ -364,19 +372,22 @@ def schedule(
         req[request, R_COMPUTED] = computed
         req[request, R_FLIGHT] += tokens
         req[request, R_CALL] = g[G_CALL]
-        if computed < req[request, R_TOKENS] + req[request, R_HOLDERS]:
+        known = req[request, R_TOKENS] + req[request, R_HOLDERS]
+        # What its worker knows decides whether it samples: up to 0.11.0, a victim may stay scheduled.
+        if sch[i, 2] + tokens < known:
             req[request, R_FLAGS] |= FLAG_CHUNK
         else:
             req[request, R_FLAGS] &= ~FLAG_CHUNK
-            if p[P_ASYNC]:
-                req[request, R_HOLDERS] += 1
-        if out[request, O_FIRST] < 0:
-            out[request, O_FIRST] = g[G_STEP]
-        out[request, O_LAST] = g[G_STEP]
+        if p[P_ASYNC] and computed >= known:
+            req[request, R_HOLDERS] += 1
+        if req[request, O_FIRST] < 0:
+            req[request, O_FIRST] = g[G_STEP]
+        req[request, O_LAST] = g[G_STEP]
     g[G_STEADY_SCHEDULED] = steady
     g[G_TOKENS] = total
     g[G_STEP_BEFORE] = g[G_STEP]
     if total > 0:
         g[G_STEP] += 1
+        g[G_QUIET] += 1
     else:
         g[G_EMPTY] += 1

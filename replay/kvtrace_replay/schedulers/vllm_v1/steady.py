@@ -37,6 +37,7 @@ from kvtrace_replay.schedulers.vllm_v1.layout import (
     G_STEP_BEFORE,
     G_WAITING,
     GUESSED,
+    L_GRANULES,
     L_MOST,
     L_STOP,
     O_LAST,
@@ -138,10 +139,10 @@ def may_enter(p, req, request):
 
 
 @njit(cache=False, forceinline=True)
-def enter(p, g, req, st, phases, ends, lim, chain_at, request):
+def enter(p, g, req, st, phases, ends, chain_at, request):
     """`request` becomes steady; between calls only."""
     slot = req[request, R_SLOT]
-    stop = lim[request, L_STOP]
+    stop = req[request, L_STOP]
     req[request, R_FLAGS] |= FLAG_STEADY
     st[slot, ST_REQUEST] = request
     st[slot, ST_CALLS] = g[G_STEADY_CALLS]
@@ -152,7 +153,7 @@ def enter(p, g, req, st, phases, ends, lim, chain_at, request):
     st[slot, ST_KNOWN] = chain_at[request + 1] - chain_at[request]
     # Asynchronous scheduling leaves a request out whose output under way is its last, if it can know.
     st[slot, ST_SKIPS] = 0
-    if p[P_ASYNC] and ((p[P_SKIPS_FINISHING] and stop >= lim[request, L_MOST]) or stop >= p[P_MAX_LEN]):
+    if p[P_ASYNC] and ((p[P_SKIPS_FINISHING] and stop >= req[request, L_MOST]) or stop >= p[P_MAX_LEN]):
         st[slot, ST_SKIPS] = 1
     st[slot, ST_END] = g[G_OUTPUTS] + stop - req[request, R_TOKENS] - 1
     st[slot, ST_PHASE] = (g[G_STEADY_CALLS] - req[request, R_COMPUTED]) % p[P_BLOCK_SIZE]
@@ -162,7 +163,7 @@ def enter(p, g, req, st, phases, ends, lim, chain_at, request):
 
 
 @njit(cache=False)
-def leave(p, g, req, st, phases, ends, out, request):
+def leave(p, g, req, st, phases, ends, request):
     """`request` is steady no more: its row says again how far it is."""
     slot = req[request, R_SLOT]
     calls = g[G_STEADY_CALLS] - st[slot, ST_CALLS]
@@ -175,7 +176,7 @@ def leave(p, g, req, st, phases, ends, out, request):
         calls -= 1  # the call just made left it out
         last, in_last_call = g[G_STEP_BEFORE] - 1, False
     if calls > 0:
-        out[request, O_LAST] = last
+        req[request, O_LAST] = last
         req[request, R_CALL] = g[G_CALL]
     if not in_last_call:
         req[request, R_CALL] = -1
@@ -190,13 +191,13 @@ def leave(p, g, req, st, phases, ends, out, request):
 
 
 @njit(cache=False, forceinline=True)
-def gather(p, g, req, st, phases, ends, lim, chain_at, flights, flight_n, request):
+def gather(p, g, req, st, phases, ends, chain_at, flights, flight_n, request):
     """Between calls: from `request` on in the running list, whoever only decodes becomes steady."""
     end = req.shape[0] - 1
     entered = False
     while request != end:
         if may_enter(p, req, request):
-            enter(p, g, req, st, phases, ends, lim, chain_at, request)
+            enter(p, g, req, st, phases, ends, chain_at, request)
             entered = True
         request = req[request, R_RUN_NEXT]
     if entered and g[G_FLIGHTS] > 0:
@@ -215,10 +216,11 @@ def drop_steady(req, flights, flight_n):
 
 
 @njit(cache=False)
-def dissolve(p, g, req, st, phases, ends, out, flights, flight_n, spare):
+def dissolve(p, g, req, st, phases, ends, flights, flight_n):
     """Between calls: nobody is steady any more, and the call under way names all its requests, in order."""
     end = req.shape[0] - 1
     named = flight_n[0, 0] if g[G_FLIGHTS] > 0 else 0
+    spare = flights[flights.shape[0] - 1]
     for i in range(named):
         spare[i] = flights[0, i]
     i, n = 0, 0
@@ -229,7 +231,7 @@ def dissolve(p, g, req, st, phases, ends, out, flights, flight_n, spare):
             while i < named and order_of(req, st, spare[i, 0]) < order:
                 flights[0, n] = spare[i]
                 n, i = n + 1, i + 1
-            leave(p, g, req, st, phases, ends, out, request)
+            leave(p, g, req, st, phases, ends, request)
             if g[G_FLIGHTS] > 0:
                 flights[0, n, 0], flights[0, n, 1], flights[0, n, 2] = request, 1, 1
                 n += 1
@@ -261,7 +263,7 @@ def first_unsteady(g, req):
 
 @njit(cache=False, forceinline=True)
 def left_out(p, g, st, ends):
-    """How many steady requests the next call leaves out, since the output under way is their last."""
+    """How many steady requests the next call leaves since the output under way is their last."""
     n = 0
     if p[P_ASYNC]:
         slot = ends[g[G_OUTPUTS] & (ends.shape[0] - 1), HEAD]
@@ -295,7 +297,7 @@ def can_stay_steady(p, g, req, phases, unsteady, limit):
 
 
 @njit(cache=False)
-def steady_fill(tag, pol, p, g, blk, first, table, chain, granules, log, st, slot):
+def steady_fill(tag, pol, p, g, req, blk, first, table, chain, log, st, slot):
     """The next block of a steady request becomes cached."""
     i = st[slot, ST_CACHED]
     identity = GUESSED
@@ -305,7 +307,7 @@ def steady_fill(tag, pol, p, g, blk, first, table, chain, granules, log, st, slo
         g[G_GUESSED] += 1
         if p[P_LOG]:
             request = st[slot, ST_REQUEST]
-            for nth in range(max(granules[request], i * p[P_STRIDE]), (i + 1) * p[P_STRIDE]):
+            for nth in range(max(req[request, L_GRANULES], i * p[P_STRIDE]), (i + 1) * p[P_STRIDE]):
                 log_guess(log, g, request, nth)
     remember(tag, pol, blk, first, g, table[slot, i], identity)
     st[slot, ST_CACHED] = i + 1
@@ -315,7 +317,7 @@ def steady_fill(tag, pol, p, g, blk, first, table, chain, granules, log, st, slo
 
 
 @njit(cache=False, forceinline=True)
-def steady_call(tag, pol, p, g, blk, first, table, chain, granules, owners, log, st, phases, phase):
+def steady_call(tag, pol, p, g, req, blk, first, table, chain, owners, log, st, phases, phase):
     """The running part of a call for all steady requests: those at a block's end get a new one; full blocks are cached.
 
     In the order of the running list, as `Scheduler.schedule` does it one by one. `phase`: steady calls before, modulo
@@ -341,16 +343,16 @@ def steady_call(tag, pol, p, g, blk, first, table, chain, granules, owners, log,
             if p[P_LOG]:
                 log_alloc(log, g, owners, st[slot, ST_REQUEST], block)
             if p[P_CACHING] and p[P_ASYNC]:
-                steady_fill(tag, pol, p, g, blk, first, table, chain, granules, log, st, slot)
+                steady_fill(tag, pol, p, g, req, blk, first, table, chain, log, st, slot)
         else:
             slot = filling
             filling = st[slot, ST_PHASE_NEXT]
-            steady_fill(tag, pol, p, g, blk, first, table, chain, granules, log, st, slot)
+            steady_fill(tag, pol, p, g, req, blk, first, table, chain, log, st, slot)
     g[G_STEADY_CALLS] += 1
 
 
 @njit(cache=False, forceinline=True)
-def coast(tag, pol, p, g, blk, first, table, chain, granules, owners, log, st, phases, ends, flight_n, until):
+def coast(tag, pol, p, g, req, blk, first, table, chain, owners, log, st, phases, ends, flight_n, until):
     """Make calls, up to step `until`, as long as every running request is steady, none ends, none can be admitted and
     blocks suffice: nothing then happens but at the ends of blocks. Returns whether it made any."""
     if g[G_STEADY] == 0 or g[G_STEADY] != g[G_RUNNING] or p[P_LOG] or p[P_ROWS]:
@@ -364,7 +366,7 @@ def coast(tag, pol, p, g, blk, first, table, chain, granules, owners, log, st, p
     size, mask = p[P_BLOCK_SIZE], ends.shape[0] - 1
     phase, step, output = g[G_STEADY_CALLS] % size, g[G_STEP], g[G_OUTPUTS]
     while step < until and ends[output & mask, HEAD] < 0 and phases[phase, COUNT] <= g[G_FREE]:
-        steady_call(tag, pol, p, g, blk, first, table, chain, granules, owners, log, st, phases, phase)
+        steady_call(tag, pol, p, g, req, blk, first, table, chain, owners, log, st, phases, phase)
         phase = phase + 1 if phase + 1 < size else 0
         step, output = step + 1, output + 1
     if step == g[G_STEP]:

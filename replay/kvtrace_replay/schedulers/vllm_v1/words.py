@@ -151,7 +151,7 @@ def log_preempt(log, g, request, computed, blocks):
 def log_sched(log, g, req, sch, owners, st, steady):
     """The call ends: SCHED names what differs from the set of the call before with one token each.
 
-    `sch` int32[., 2]: (request, tokens) of this call, but for `steady` more with a token each, which were all in the
+    `sch` int32[., 3]: (request, tokens, ...) of this call, but for `steady` more with a token each, which were all in the
     call before. `R_CALL` still tells the call before; `g[G_CALL]` likewise.
     """
     n, expected, named = g[G_SCHEDULED], steady, 0
