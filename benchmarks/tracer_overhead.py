@@ -98,7 +98,7 @@ class Switch:
             entry.chain = max(entry.chain, entry.filled)
         for pending in (state.gone, state.looked, state.special, state.pending, state.steps):
             pending.clear()
-        state.last, state.phase = {}, OUTSIDE
+        state.last, state.ids, state.phase = {}, None, OUTSIDE
 
 
 def run_once(model: str, load: dict[str, Any], folder: Path, shift: int) -> list[tuple[str, int]]:

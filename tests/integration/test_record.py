@@ -157,7 +157,7 @@ def test_a_bug_in_the_tracer_is_no_bug_in_the_server(weighted_model: Path, tmp_p
     bare = result(run(*script(weighted_model, "--requests", "12", env=env)))
     patches = {
         "identity.EngineChain.entries": "kvtrace_tracer.identity.EngineChain.entries = boom",
-        "hooks.Hooks._end_call": "kvtrace_tracer.hooks.Hooks._end_call = boom",
+        "hooks.Hooks.end_call": "kvtrace_tracer.hooks.Hooks.end_call = boom",
         "log.Log.commit": "kvtrace_tracer.log.Log.commit = boom",
         "attach": "kvtrace_tracer.attach.attach = boom",
     }

@@ -7,10 +7,11 @@ frees needs no block numbers. Evictions need no hook at all: a cached block that
 from __future__ import annotations
 
 import inspect
+import struct
 from typing import TYPE_CHECKING, Any
 
-from kvtrace_tracer.identity import EngineChain
-from kvtrace_tracer.state import ADMITTING, RUNNING
+from kvtrace_tracer.identity import EngineChain, as_number
+from kvtrace_tracer.state import ADMITTING, OUTSIDE, RUNNING
 from kvtrace_traces.schema import NO_REQUEST, OPS
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 ALLOC, ALLOCN, HIT = OPS["ALLOC"].code, OPS["ALLOCN"].code, OPS["HIT"].code
 FILL, FILL1, FREE, PREEMPT = OPS["FILL"].code, OPS["FILL1"].code, OPS["FREE"].code, OPS["PREEMPT"].code
+
+_FILL1 = struct.Struct("<Iq")
 
 
 def install(hooks: Hooks) -> None:
@@ -90,7 +93,7 @@ class _Freeing:
 
 def _get_new_blocks(hooks: Hooks, original: Any) -> Any:
     log, state = hooks.log, hooks.state
-    append, extend, wait = log.words.append, log.words.extend, state.pending.append
+    append, fromlist, wait = log.words.append, log.words.fromlist, state.pending.append
 
     def get_new_blocks(num_blocks: int) -> Any:
         blocks = original(num_blocks)
@@ -101,8 +104,8 @@ def _get_new_blocks(hooks: Hooks, original: Any) -> Any:
                 wait(block)
                 if num_blocks == 1:  # nearly all of decoding
                     append(block << 4 | ALLOC)
-                    log.events += 1
                     return blocks
+                log.events -= 1  # counted with its owner
             elif log.closed:
                 return blocks
             elif phase != ADMITTING:
@@ -114,7 +117,7 @@ def _get_new_blocks(hooks: Hooks, original: Any) -> Any:
                 append(blocks[0].block_id << 4 | ALLOC)
             else:
                 append(num_blocks << 4 | ALLOCN)
-                extend([b.block_id for b in blocks])
+                fromlist([b.block_id for b in blocks])
             log.events += num_blocks
         except Exception as error:
             log.fail(error)
@@ -125,7 +128,7 @@ def _get_new_blocks(hooks: Hooks, original: Any) -> Any:
 
 def _touch(hooks: Hooks, original: Any) -> Any:
     log, state = hooks.log, hooks.state
-    words = log.words
+    append, fromlist = log.words.append, log.words.fromlist
 
     def touch(blocks: Any) -> Any:
         try:
@@ -134,8 +137,8 @@ def _touch(hooks: Hooks, original: Any) -> Any:
             ids = [b.block_id for b in flat]
             if ids and not log.closed:
                 if state.phase == ADMITTING:
-                    words.append(len(ids) << 4 | HIT)
-                    words.extend(ids)
+                    append(len(ids) << 4 | HIT)
+                    fromlist(ids)
                     state.admitted.filled = len(ids)  # type: ignore[union-attr]
                 else:
                     hooks.inexact("unattributed-blocks")
@@ -151,7 +154,7 @@ def _touch(hooks: Hooks, original: Any) -> Any:
 def _cache_full_blocks(hooks: Hooks, original: Any) -> Any:
     log, chain, entries, grow = hooks.log, hooks.chain, hooks.state.entries, hooks.grow
     append, frombytes = log.words.append, log.words.frombytes
-    keyed, engine_chain = hooks.keyed, isinstance(chain, EngineChain)
+    number, pack, engine_chain = as_number(hooks.keyed), _FILL1.pack, isinstance(chain, EngineChain)
     hash_block_size = getattr(hooks.manager.block_pool, "hash_block_size", None)
     granule = chain.granule
 
@@ -167,7 +170,9 @@ def _cache_full_blocks(hooks: Hooks, original: Any) -> Any:
             raise RuntimeError(f"block {num_cached_blocks} of a request cached after block {entry.filled}")
         entry.filled = num_full_blocks
         log.events += count
-        grow(entry, request, num_full_blocks * block_size // granule)
+        stop = num_full_blocks * block_size // granule
+        if stop > entry.chain:
+            grow(entry, request, stop)
         append(entry.number << 4 | FILL)
         append(count)
 
@@ -194,8 +199,7 @@ def _cache_full_blocks(hooks: Hooks, original: Any) -> Any:
                 entry = entries[request.request_id]
                 if plain and entry.chain == num_cached_blocks == num_full_blocks - 1 == entry.filled:
                     # One more block of generated tokens: nearly all of decoding.
-                    append(entry.number << 4 | FILL1)
-                    frombytes(keyed(request.block_hashes[num_cached_blocks]))
+                    frombytes(pack(entry.number << 4 | FILL1, number(request.block_hashes[num_cached_blocks])))
                     entry.chain = entry.filled = num_full_blocks
                     log.events += 1
                 elif block_mask is None:
@@ -225,28 +229,32 @@ def _cache_full_blocks(hooks: Hooks, original: Any) -> Any:
 
 def _free(hooks: Hooks, original: Any, freeing: _Freeing) -> Any:
     log, state, tables = hooks.log, hooks.state, hooks.tables
+    entries, append = state.entries, log.words.append
     assert tables is not None
 
     def free(request: Any, *args: Any, **kwargs: Any) -> Any:
         rid = request.request_id
         try:
-            entry = state.entries.get(rid)
+            entry = entries.get(rid)
             held = len(tables.get(rid, ()))
             if entry is not None:
                 if request.is_finished():
                     if held:
-                        log.words.extend((entry.number << 4 | FREE, held))
-                    del state.entries[rid]
+                        append(entry.number << 4 | FREE)
+                        append(held)
+                    del entries[rid]
                 else:
                     if state.pending and hooks.priority:
                         # The victim may own blocks of this very call, which the engine will not list.
                         log.ext("OWN", *hooks.search_owners())
+                        log.events += len(state.pending)
                         state.pending.clear()
                     log.words.extend((entry.number << 4 | PREEMPT, max(0, request.num_computed_tokens), held))
                     state.gone.append(rid)
                 log.events += held
                 freeing.now = True
-                hooks.commit_between_steps()
+                if state.phase == OUTSIDE:
+                    hooks.commit_between_steps()
         except Exception as error:
             log.fail(error)
         try:

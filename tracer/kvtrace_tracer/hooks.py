@@ -11,16 +11,16 @@ from __future__ import annotations
 import struct
 import time
 from array import array
-from collections import deque
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import compress
 from typing import Any
 
 from kvtrace_tracer import header as headers
+from kvtrace_tracer import steps
 from kvtrace_tracer.identity import EngineChain, OwnChain, tenant
 from kvtrace_tracer.log import Log
-from kvtrace_tracer.state import ADMITTING, OUTSIDE, RUNNING, UPDATING, Entry, State
+from kvtrace_tracer.state import ADMITTING, OUTSIDE, Entry, State
+from kvtrace_tracer.steps import MAX_DELTA, OUTPUT, SCHED
 from kvtrace_traces.schema import (
     EXT_OPS,
     FINISH_REASONS,
@@ -34,9 +34,7 @@ from kvtrace_traces.schema import (
     SCHED_WIDE,
 )
 
-BEGIN, SCHED, OUTPUT = OPS["BEGIN"].code, OPS["SCHED"].code, OPS["OUTPUT"].code
 LOOKUP, FINISH, CHAIN, KEY = OPS["LOOKUP"].code, OPS["FINISH"].code, OPS["CHAIN"].code, OPS["KEY"].code
-MAX_DELTA = 1 << 28
 _REQUEST = struct.Struct("<qdIIiIQII")  # the fixed part of EXT REQ; see schema.EXT_OPS
 _REASONS = {name: code for code, name in enumerate(FINISH_REASONS)}
 _INEXACT = {name: code for code, name in enumerate(INEXACT)}
@@ -55,20 +53,23 @@ class Hooks:
     ) -> None:
         self.scheduler = scheduler
         self.manager = scheduler.kv_cache_manager
+        self.free = self.manager.block_pool.free_block_queue
         self.log = log
         self.chain = chain
         self.keyed = keyed
-        self.state = State()
+        self.state = State(header["clock_monotonic_ns"])
         self.block_size: int = header["block_size"]
         self.clock_ns: int = header["clock_monotonic_ns"]
         self.full_sets = "speculative-decoding" in header["inexact"]
         self.priority = str(header["scheduler"]["policy"]) == "priority"
         self.lookups_counted = _lookup_predicate(self.manager)
         self._inexact = set(header["inexact"])
+        self._reason: tuple[Any, int] = (None, _REASONS["other"])  # the last one met, with its code
         self._patched: list[tuple[Any, str, Any]] = []
         exact = headers.follows_tables(header)
         self.tables = self.manager.coordinator.single_type_managers[0].req_to_blocks if exact else None
         try:
+            steps.install(self)
             self._install()
             if exact:
                 from kvtrace_tracer.blocks import install
@@ -97,9 +98,10 @@ class Hooks:
                 delattr(target, name)
         self._patched.clear()
         state = self.state
+        self.log.events += len(state.pending)
         for kept in (state.entries, state.steps, state.pending, state.looked, state.gone, state.special):
             kept.clear()
-        state.last, state.phase, state.admitted = {}, OUTSIDE, None
+        state.last, state.ids, state.phase, state.admitted = {}, None, OUTSIDE, None
 
     def inexact(self, name: str) -> None:
         """Say in the log that the trace is inexact from here on."""
@@ -128,14 +130,18 @@ class Hooks:
             entry.chain = stop
 
     def stamp(self, op: int, now: int) -> None:
-        """Append ``op`` (BEGIN or OUTPUT), whose operand is the time since the last one."""
+        """Append ``op`` (BEGIN or OUTPUT), whose operand is the time since the last one, at ``now`` by the clock."""
         state = self.state
         delta = now - state.time
         if not 0 <= delta < MAX_DELTA:
-            self.log.ext("TIME", now & 0xFFFFFFFF, now >> 32)
+            self._tell_time(now)
             delta = 0
         state.time = now
         self.log.words.append(delta << 4 | op)
+
+    def _tell_time(self, now: int) -> None:
+        now -= self.clock_ns
+        self.log.ext("TIME", now & 0xFFFFFFFF, now >> 32)
 
     def frame(self) -> None:
         """Start a frame: all that later operations are relative to. See ``KEY`` in the schema."""
@@ -144,7 +150,7 @@ class Hooks:
         requests = self.scheduler.requests
         events = self.log.events
         words.append(len(state.last) << 4 | KEY)
-        now = state.time
+        now = state.time - self.clock_ns
         words.extend((now & 0xFFFFFFFF, now >> 32, state.step, state.requests, events & 0xFFFFFFFF, events >> 32))
         held: list[int] = []
         tables = self.tables or {}
@@ -165,96 +171,12 @@ class Hooks:
 
     def _install(self) -> None:
         scheduler, log, state = self.scheduler, self.log, self.state
-        clock, zero = time.monotonic_ns, self.clock_ns
-        stamp, after_schedule = self.stamp, self._after_schedule
-
-        gone, looked, pending, steps = state.gone, state.looked, state.pending, state.steps
-        append = log.words.append
-
-        def make_schedule(original: Any) -> Any:
-            queued = _length(scheduler.waiting)
-            # Beside it: requests set aside (0.18 to 0.31), or those that hold blocks while they wait (0.32).
-            set_aside = _length(getattr(scheduler, "kv_holding_waiting", getattr(scheduler, "skipped_waiting", ())))
-            free = self.manager.block_pool.free_block_queue
-            full_sets, end_call, owners_of = self.full_sets, self._end_call, self._owners
-
-            def schedule(*args: Any, **kwargs: Any) -> Any:
-                if log.closed:
-                    return original(*args, **kwargs)
-                now = clock() - zero
-                delta = now - state.time
-                if 0 <= delta < MAX_DELTA:
-                    state.time = now
-                    append(delta << 4 | BEGIN)
-                else:
-                    stamp(BEGIN, now)
-                state.phase = RUNNING
-                output = original(*args, **kwargs)
-                if log.closed:
-                    return output
-                try:
-                    scheduled = output.num_scheduled_tokens
-                    running, waiting = len(scheduler.running), queued() + set_aside()
-                    if (
-                        gone or looked or state.special or full_sets or running != state.running
-                        or waiting != state.waiting or scheduled != state.last
-                    ):  # fmt: skip
-                        after_schedule(output, running, waiting)
-                    else:  # as the step before, which is nearly all of decoding
-                        if pending:
-                            end_call(0, (), owners_of(output), scheduled)
-                        else:
-                            append(SCHED)
-                            append(free.num_free_blocks)
-                        state.last = scheduled
-                        state.phase = OUTSIDE
-                    if scheduled:
-                        state.step += 1
-                        steps.append(output)
-                except Exception as error:
-                    log.fail(error)
-                return output
-
-            return schedule
-
-        def make_update(original: Any) -> Any:
-            commit = log.commit
-
-            def update_from_output(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-                if log.closed:
-                    return original(scheduler_output, *args, **kwargs)
-                state.phase = UPDATING
-                if steps and steps[0] is scheduler_output:
-                    now = clock() - zero
-                    delta = now - state.time
-                    if 0 <= delta < MAX_DELTA:
-                        state.time = now
-                        append(delta << 4 | OUTPUT)
-                    else:
-                        stamp(OUTPUT, now)
-                    del steps[0]
-                else:
-                    try:
-                        self._skip(scheduler_output, clock() - zero)
-                    except Exception as error:
-                        log.fail(error)
-                result = original(scheduler_output, *args, **kwargs)
-                state.phase = OUTSIDE
-                if not log.closed:
-                    try:
-                        commit()
-                        if log.key_due:
-                            self.frame()
-                    except Exception as error:
-                        log.fail(error)
-                return result
-
-            return update_from_output
 
         def make_add(original: Any) -> Any:
             def add_request(request: Any, *args: Any, **kwargs: Any) -> Any:
                 result = original(request, *args, **kwargs)
                 if not log.closed:
+                    state.ids = None
                     try:
                         self._arrive(request)
                     except Exception as error:
@@ -281,27 +203,27 @@ class Hooks:
             return shutdown
 
         def make_lookup(original: Any) -> Any:
-            counted, entries, words, looked = self.lookups_counted, state.entries, log.words, state.looked
+            counted, entries, append, looked = self.lookups_counted, state.entries, log.words.append, state.looked
 
             def get_computed_blocks(request: Any) -> Any:
                 found = original(request)
                 try:
-                    entry = entries[request.request_id]
-                    words.append(entry.number << 4 | LOOKUP)
-                    words.append(request.num_tokens)
-                    words.append(found[1] + 1 if counted(request) else 0)
+                    rid = request.request_id
+                    entry = entries[rid]
+                    append(entry.number << 4 | LOOKUP)
+                    append(request.num_tokens)
+                    # What was found was looked for.
+                    append(found[1] + 1 if found[1] or counted(request) else 0)
                     entry.filled = 0
                     state.admitted = entry
                     state.phase = ADMITTING
-                    looked.append(request.request_id)
+                    looked.append(rid)
                 except Exception as error:
                     log.fail(error)
                 return found
 
             return get_computed_blocks
 
-        self.patch(scheduler, "schedule", make_schedule)
-        self.patch(scheduler, "update_from_output", make_update)
         self.patch(scheduler, "add_request", make_add)
         self.patch(scheduler, "_free_request", make_finish)
         self.patch(scheduler, "shutdown", make_shutdown)
@@ -348,19 +270,23 @@ class Hooks:
         entry = state.entries.get(request.request_id)
         if entry is None:
             return
-        self.grow(entry, request, request.num_tokens // self.chain.granule)
+        stop = request.num_tokens // self.chain.granule
+        if stop > entry.chain:
+            self.grow(entry, request, stop)
         reason = request.get_finished_reason()
-        name = "other" if reason is None else str(reason).lower()
+        if reason is not self._reason[0]:  # its name is slow Python
+            name = "other" if reason is None else str(reason).lower()
+            self._reason = reason, _REASONS.get(name, _REASONS["other"])
         if state.phase == OUTSIDE:  # an abort between steps
-            now = time.monotonic_ns() - self.clock_ns
-            self.log.ext("TIME", now & 0xFFFFFFFF, now >> 32)
-            state.time = now
-        self.log.words.extend(
-            (entry.number << 4 | FINISH, _REASONS.get(name, _REASONS["other"]), request.num_output_tokens)
-        )
+            state.time = time.monotonic_ns()
+            self._tell_time(state.time)
+        append = self.log.words.append
+        append(entry.number << 4 | FINISH)
+        append(self._reason[1])
+        append(request.num_output_tokens)
         state.gone.append(request.request_id)
 
-    def _skip(self, output: Any, now: int) -> None:
+    def skip(self, output: Any, now: int) -> None:
         """An output out of turn: the steps before it will get none. (A call that scheduled nothing is no step.)"""
         steps = self.state.steps
         skipped = next((i for i, step in enumerate(steps) if step is output), None)
@@ -369,45 +295,53 @@ class Hooks:
             del steps[: skipped + 1]
             self.stamp(OUTPUT, now)
 
-    def _after_schedule(self, output: Any, running: int, waiting: int) -> None:
+    def after_schedule(self, output: Any, running: int, waiting: int) -> None:
         state = self.state
         scheduled = output.num_scheduled_tokens
-        owners = self._owners(output) if state.pending else ()
+        owners = self.owners(output) if state.pending else ()
         flags, named = self._difference(scheduled)
         if running != state.running or waiting != state.waiting:
             flags |= SCHED_COUNTS
             state.running, state.waiting = running, waiting
-        self._end_call(flags, named, owners, scheduled)
+        self.end_call(flags, named, owners, scheduled)
         state.last = scheduled
+        state.ids = None if state.special or self.full_sets else list(scheduled)
         state.phase = OUTSIDE
         state.admitted = None
 
-    def _end_call(self, flags: int, named: Sequence[str], owners: Sequence[int], scheduled: dict[str, int]) -> None:
+    def end_call(self, flags: int, named: Sequence[str], owners: Sequence[int], scheduled: dict[str, int]) -> None:
         """Append SCHED; see the schema."""
         state, words = self.state, self.log.words
+        append = words.append
         count, owned = len(named), len(owners)
-        base = min(owners) if owned else 0
-        wide = owned > 0 and max(owners) - base > 0xFFFF
-        if wide:
-            flags |= SCHED_WIDE
+        base = 0
+        wide = False
+        if owned and max(owners) > 0xFFFF:
+            base = min(owners)
+            wide = max(owners) - base > 0xFFFF
+            if wide:
+                flags |= SCHED_WIDE
         if count > 0xFFF or owned > 0xFFF:
             words.extend(((flags | SCHED_BIG) << 4 | SCHED, count, owned))
         else:
-            words.append((owned << 16 | count << 4 | flags) << 4 | SCHED)
-        words.append(self.manager.block_pool.free_block_queue.num_free_blocks)
+            append((owned << 16 | count << 4 | flags) << 4 | SCHED)
+        append(self.free.num_free_blocks)
         if flags & SCHED_COUNTS:
-            words.append(state.running)
-            words.append(state.waiting)
+            append(state.running)
+            append(state.waiting)
         if count:
             requests, entries = self.scheduler.requests, state.entries
             for rid in named:
                 tokens = scheduled[rid]
-                words.extend((entries[rid].number, tokens, max(0, requests[rid].num_computed_tokens - tokens)))
+                computed = requests[rid].num_computed_tokens - tokens
+                append(entries[rid].number)
+                append(tokens)
+                append(computed if computed > 0 else 0)
         if wide:
             words.extend(owners)
         elif owned:
-            words.append(base)
-            offsets = array("H", [owner - base for owner in owners])
+            append(base)
+            offsets = array("H", [owner - base for owner in owners] if base else owners)
             if owned & 1:
                 offsets.append(0)
             words.frombytes(offsets.tobytes())
@@ -415,30 +349,40 @@ class Hooks:
     def _difference(self, scheduled: dict[str, int]) -> tuple[int, list[str]]:
         """What the reader cannot guess of the scheduled set: flags and the ids to name."""
         state = self.state
-        expected = dict.fromkeys(state.last, 1)
-        for rid in state.gone:
-            expected.pop(rid, None)
-        named = [rid for rid in state.special if rid in scheduled and rid in expected]
-        named += [rid for rid in dict.fromkeys(state.looked) if rid in scheduled and rid not in expected]
-        for rid in named:
-            expected[rid] = scheduled[rid]
+        named: list[str] = []
+        if state.special:
+            expected = dict.fromkeys(state.last, 1)
+            for rid in state.gone:
+                expected.pop(rid, None)
+            named = [rid for rid in state.special if rid in scheduled and rid in expected]
+            for rid in named:
+                expected[rid] = scheduled[rid]
+        else:  # each had one token
+            expected = state.last.copy()
+            for rid in state.gone:
+                expected.pop(rid, None)
         state.gone.clear()
-        state.looked.clear()
+        if state.looked:
+            for rid in state.looked:
+                if rid in scheduled and rid not in expected:
+                    expected[rid] = scheduled[rid]
+                    named.append(rid)
+            state.looked.clear()
         flags = 0
         if self.full_sets or expected != scheduled:
             flags, named = SCHED_FULL, list(scheduled)
         state.special = [rid for rid in named if scheduled[rid] != 1]
         return flags, named
 
-    def _owners(self, output: Any) -> list[int]:
+    def owners(self, output: Any) -> list[int]:
         """The owners of the running queue's allocations, in order: the engine lists the new blocks by request."""
         state = self.state
         pending, entries = state.pending, state.entries
         cached = output.scheduled_cached_reqs
         new = cached.new_block_ids
         ids = list(compress(cached.req_ids, new))
-        if len(ids) == len(pending) and not (state.gone or state.looked):
-            owners = [entries[rid].number for rid in ids]  # each request that runs on asks once
+        if len(ids) == len(pending) and [groups[0][0] for groups in new if groups and groups[0]] == pending:
+            owners = [entries[rid].number for rid in ids]
         else:
             # Resumed requests are listed too, with all their blocks: the first new block decides.
             owners = []
@@ -447,6 +391,7 @@ class Hooks:
                     owners.append(entries[rid].number)
             if len(owners) != len(pending):
                 owners = self.search_owners()
+        self.log.events += len(pending)
         pending.clear()
         return owners
 
@@ -467,11 +412,6 @@ class Hooks:
         if NO_REQUEST in owners:
             self.inexact("unattributed-blocks")
         return owners
-
-
-def _length(queue: Any) -> Callable[[], int]:
-    """The length of one of vLLM's request queues, without its own ``__len__``, which is slow Python over a deque."""
-    return partial(deque.__len__, queue) if isinstance(queue, deque) else partial(len, queue)
 
 
 def _lookup_predicate(manager: Any) -> Callable[[Any], bool]:

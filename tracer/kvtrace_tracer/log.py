@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from kvtrace_traces import wire
 from kvtrace_traces.schema import EXT_OPS, LOSS_REASONS
-from kvtrace_traces.writer import LogWriter, Stopped
+from kvtrace_traces.writer import LEFT_WORDS, LogWriter, Stopped
 
 FRAME_BYTES = 1 << 19
 _EXT = 15
@@ -21,20 +21,21 @@ class Log:
     """Where hooks append operations (``words``) and what makes them durable (:meth:`commit`).
 
     Knows nothing of the engine, so that an engine can be freed while its log is still open. ``events`` counts the block
-    rows that were emitted.
+    rows that were emitted, ``committed`` those of them that are durable. ``words`` begins with words that the writer
+    fills in; hooks only append.
     """
 
     def __init__(self, writer: LogWriter, clock_ns: int, on_stop: Callable[[], None]) -> None:
-        self.words = array("I")
+        self.words = array("I", bytes(4 * LEFT_WORDS))
         self.events = 0
         self.key_due = True
         self.closed = False
         self._writer = writer
         self._clock_ns = clock_ns
         self._on_stop = on_stop
-        self._flags = 0
         self._since_key = 0
-        self._committed_events = 0
+        self.committed = 0
+        self.write = writer.commit
 
     def ext(self, name: str, *words: int) -> None:
         """Append one of the rarer operations."""
@@ -43,22 +44,20 @@ class Log:
 
     def begin_frame(self) -> None:
         """The operations appended next start a frame. Only right after a commit."""
-        self._flags = wire.KEY
+        self._writer.flag(wire.KEY)
+        self._since_key = self._writer.total_bytes
         self.key_due = False
 
     def commit(self) -> None:
         """Hand the operations so far to the kernel. Raises :class:`Stopped` when the log is full."""
-        words = self.words
-        body = words.tobytes()
-        if not body:
-            return
-        del words[:]
-        self._writer.write(self._flags, body)
-        self._committed_events = self.events
-        if self._flags:
-            self._flags = 0
-            self._since_key = self._writer.total_bytes
-        elif self._writer.commits & 31 == 0 and self._writer.total_bytes - self._since_key > FRAME_BYTES:
+        commits = self.write(self.words)
+        self.committed = self.events
+        if not commits & 31:
+            self.look()
+
+    def look(self) -> None:
+        """See whether a frame is due. Right after a commit, and not after every one."""
+        if self._writer.total_bytes - self._since_key > FRAME_BYTES:
             self.key_due = True
             self._writer.rotate()
 
@@ -72,11 +71,12 @@ class Log:
         detail = str(error) if reason != "bug" else f"{type(error).__name__}: {error}"
         try:
             self._on_stop()
+            del self.words[LEFT_WORDS:]
             loss = {
                 "reason": reason,
                 "time_ns": time.monotonic_ns() - self._clock_ns,
                 "commits": 1,
-                "events": self.events - self._committed_events,
+                "events": self.events - self.committed,
                 "detail": detail[:400],
             }
             self._writer.lose(loss)

@@ -24,22 +24,25 @@ class Entry:
 
 
 class State:
-    """Mutable state of one recorder. ``last``: the scheduled set of the last call, request id -> tokens.
+    """Mutable state of one recorder. ``last``: the scheduled set of the last call, request id -> tokens; ``ids``: its
+    requests in the order of the engine's output, if each had one token and none arrived since, else None.
 
     ``special``: ids in ``last`` with another number of tokens than one; ``gone``: ids finished or preempted since;
-    ``looked``: ids looked up in this call; ``pending``: first block of each allocation whose owner is not told yet;
-    ``steps``: scheduler outputs without a model output, oldest first.
+    ``looked``: ids looked up in this call; ``pending``: first block of each allocation whose owner is not told yet (it
+    is not among ``Log.events`` so far); ``steps``: scheduler outputs without a model output, oldest first; ``time``:
+    the clock at the last BEGIN or OUTPUT.
     """
 
     __slots__ = (
-        "admitted", "entries", "gone", "last", "looked", "pending", "phase", "requests", "running", "special", "step",
-        "steps", "time", "waiting",
+        "admitted", "entries", "gone", "ids", "last", "looked", "pending", "phase", "requests", "running", "special",
+        "step", "steps", "time", "waiting",
     )  # fmt: skip
 
-    def __init__(self) -> None:
+    def __init__(self, time: int) -> None:
         self.entries: dict[str, Entry] = {}
         self.requests = 0
         self.last: dict[str, int] = {}
+        self.ids: list[str] | None = None
         self.special: list[str] = []
         self.gone: list[str] = []
         self.looked: list[str] = []
@@ -50,4 +53,4 @@ class State:
         self.steps: list[Any] = []
         self.running = 0
         self.waiting = 0
-        self.time = 0
+        self.time = time
