@@ -4,6 +4,7 @@
     trace = kvtrace.open("run.kvt")
     trace.sql("SELECT kind, count(*) FROM block_events GROUP BY kind")
     kvtrace.replay(trace, policy=["lru", "fifo"], capacity=["50%", "inf"])
+    kvtrace.simulate(trace, num_blocks=[200, 400])
 
 Names are imported on first use, so that `import kvtrace` costs a millisecond and pulls in no library.
 """
@@ -16,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvtrace.api import Trace, open
     from kvtrace.replays import replay
+    from kvtrace.simulations import simulate
     from kvtrace_traces.errors import KvtraceError, UsageError
 
     __version__: str
 
-__all__ = ["KvtraceError", "Trace", "UsageError", "__version__", "open", "replay"]
+__all__ = ["KvtraceError", "Trace", "UsageError", "__version__", "open", "replay", "simulate"]
 
 _HOMES = {
     "KvtraceError": "kvtrace_traces.errors",
@@ -28,6 +30,7 @@ _HOMES = {
     "Trace": "kvtrace.api",
     "open": "kvtrace.api",
     "replay": "kvtrace.replays",
+    "simulate": "kvtrace.simulations",
 }
 
 

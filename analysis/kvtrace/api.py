@@ -1,4 +1,4 @@
-"""What `import kvtrace` offers, in one place: opening traces, SQL, replays."""
+"""What `import kvtrace` offers, in one place: opening traces and SQL."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 The rules are vLLM's (``v1/core/block_pool.py`` and ``FreeKVCacheBlockQueue`` of 0.32.0): block 0 is the null block; an
 allocation pops the front of the free queue; a request gives its blocks back last first, of which those without an
-identity go to the front in this order, those with one to the back (see :func:`uncached_first`); of several
-blocks with one identity a lookup gets the one cached first.
+identity go to the front in this order, those with one to the back (older versions differ: see
+:func:`uncached_first`); of several blocks with one identity a lookup gets the one cached first.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtrace_replay.schedulers.families import rules_of
 from kvtrace_traces.compile import njit
 from kvtrace_traces.errors import KvtraceError
 from kvtrace_traces.schema import BLOCK_EVENT_KINDS
@@ -58,13 +59,13 @@ class Followed(NamedTuple):
 def uncached_first(header: dict[str, Any]) -> bool | None:
     """Whether blocks without an identity go to the front of the free queue in this engine; None if not known.
 
-    Read in ``BlockPool.free_blocks`` of vLLM 0.10.2 to 0.32.0: from 0.24 on they do.
+    The rule is that of `schedulers.families`, at the engine's own prefix caching.
     """
     try:
-        major, minor = (int(part) for part in str(header.get("engine_version")).split(".")[:2])
+        rules = rules_of(str(header.get("engine_version")))
     except ValueError:
         return None
-    return (major, minor) >= (0, 24)
+    return rules.uncached_first if header.get("prefix_caching") else rules.uncached_first_without_caching
 
 
 def follow(trace: Any, engine_index: int | None = None, upto: int | None = None, at: Any = None) -> Followed:

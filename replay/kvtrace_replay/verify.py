@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 
 from kvtrace_replay import pool
+from kvtrace_replay.verify_simulation import simulation, skip_simulation
 from kvtrace_replay.verify_tables import across, check
 from kvtrace_traces.errors import KvtraceError
 
@@ -39,19 +40,20 @@ def _engine(trace: Any, header: dict[str, Any]) -> list[dict[str, Any]]:
 
     checks = _requests(trace, mine)
     if header.get("source") == "import":
-        return [*checks, _skip_pool("an import has no block events")]
+        return checks + _skip("an import has no scheduler steps and no block events")
     exact = not header["inexact"] or header["inexact"] == ["untested-engine"]
     checks += _steps(mine(trace.steps), mine(trace.step_spans), mine(trace.requests), header, exact)
     events = mine(trace.block_events)
     if not exact:
-        return [*checks, _skip_pool(f"the trace is marked inexact: {', '.join(header['inexact'])}")]
+        return checks + _skip(f"the trace is marked inexact: {', '.join(header['inexact'])}")
     if trace.lossy and trace.recover == "skip":
-        return [*checks, _skip_pool("a part in the middle of the log is missing")]
-    return checks + across(trace, mine) + _pool(trace, header, events, mine)
+        return checks + _skip("a part in the middle of the log is missing")
+    return [*checks, *across(trace, mine), *_pool(trace, header, events, mine), simulation(trace, header)]
 
 
-def _skip_pool(why: str) -> dict[str, Any]:
-    return check("block pool", "the block events rebuild the engine's pool", 0, 0, skipped=why)
+def _skip(why: str) -> list[dict[str, Any]]:
+    pool_check = check("block pool", "the block events rebuild the engine's pool", 0, 0, skipped=why)
+    return [pool_check, skip_simulation(why)]
 
 
 def _requests(trace: Any, mine: Any) -> list[dict[str, Any]]:
@@ -149,13 +151,14 @@ def _pool(trace: Any, header: dict[str, Any], events: pl.DataFrame, mine: Any) -
         "fills": n[pool.FILL],
         "frees": n[pool.FREE],
     }
+    policy = header.get("scheduler", {}).get("eviction_policy") or "vllm"
     unknown = pool.uncached_first(header) is None
     for i, (name, rule) in enumerate(pool.CHECKS):
-        skip = (
-            "the order of this engine version's free queue is not known"
-            if unknown and name == "free queue order"
-            else None
-        )
+        skip = None
+        if name == "free queue order" and policy != "vllm":
+            skip = f"blocks were simulated under the eviction policy {policy}"
+        elif name == "free queue order" and unknown:
+            skip = "the order of this engine version's free queue is not known"
         row = int(followed.first[i])
         where = None
         if row >= 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def as_recorded(case: Any) -> Recorded:
         arrival_s=numbers((r.arrival_time for r in requests), np.float64),
         request_id=pl.Series([r.request_id or f"r{i}" for i, r in zip(order, requests, strict=True)]),
         arrival_step=numbers(r.arrival_step for r in requests),
-        arrival_ns=np.zeros(n, np.int64),
+        arrival_late=np.zeros(n, bool),
         abort_step=numbers(NEVER if r.abort_step is None else r.abort_step for r in requests),
         abort_early=np.zeros(n, bool),
         abort_ns=np.array(order, np.int64),
@@ -103,13 +104,14 @@ def as_settings(settings: twin.Settings) -> Settings:
     )
 
 
-def kernel_run(case: Any, fast: bool = True) -> dict[str, Any]:
-    """The compiled scheduler's run of a case, as lists in the shapes of `twin.Run`."""
+def kernel_run(case: Any, fast: bool = True, **more: Any) -> dict[str, Any]:
+    """The compiled scheduler's run of a case, as lists in the shapes of `twin.Run`; `more`: further settings."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.kvt"
-        write_run(path, as_recorded(case), as_settings(case.settings), fast=fast)
+        write_run(path, as_recorded(case), replace(as_settings(case.settings), **more), fast=fast)
         trace = open_trace(path)
-        assert trace.complete and not trace.lossy, trace.info
+        assert trace.complete, trace.info
+        assert not trace.lossy, trace.info
         return in_words(trace, by_arrival(case))
 
 

@@ -49,7 +49,7 @@ def page(info: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("engine", _words(info.get("engine"), info.get("engine_version"), _engines(info))),
         ("model", _words(info.get("model"), info.get("device") and f"on {info['device']}")),
-        ("recorded", str(info["created"]) if info.get("created") else ""),
+        (_made(info), str(info["created"]) if info.get("created") else ""),
         ("cache", _cache(info)),
         ("requests", people.figure("requests", info["requests"])),
         ("steps", people.figure("steps", info["steps"])),
@@ -59,6 +59,10 @@ def page(info: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     rows += [(key.replace("_", " "), _other(key, value)) for key, value in info.items() if key not in _TOLD]
     return [(label, text) for label, text in rows if text]
+
+
+def _made(info: dict[str, Any]) -> str:
+    return "simulated" if info.get("source") == "simulated" else "recorded"
 
 
 def _engines(info: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from kvtrace.cli.examples import examples
 SECTIONS = {
     "Record": ["record"],
     "Look": ["info", "verify", "sql"],
-    "Replay": ["replay", "policies"],
+    "Replay": ["replay", "simulate", "policies"],
     "Exchange": ["import", "export"],
     "Start here": ["demo"],
 }

@@ -62,13 +62,37 @@ class Output:
             note(line)
 
 
+SUFFIXES = (".csv", ".parquet", ".json")
+
+
+def table_suffix(path: Path) -> str:
+    """The format that a file's name asks for. Raises UsageError where it asks for none of SUFFIXES."""
+    if path.suffix not in SUFFIXES:
+        raise UsageError(f"{path} ends in none of {', '.join(SUFFIXES)}: name the format by the suffix")
+    return path.suffix
+
+
+def write_table(frame: pl.DataFrame, path: Path, force: bool) -> None:
+    """Write a frame to a file in the format of its suffix. Raises UsageError where it exists and not `force`."""
+    suffix = table_suffix(path)
+    with replacing(path, force) as part:
+        if suffix == ".parquet":
+            frame.write_parquet(part)
+        elif suffix == ".csv":
+            flat_lists(frame).write_csv(part)
+        else:
+            with part.open("w") as out:
+                write_json(frame, out)
+    note(f"wrote {frame.height:,} rows to {path}")
+
+
 def output_options(function: F) -> F:
     """Add --json, --csv, --parquet and --force; the command receives them as one `output: Output`."""
 
     @click.option("--json", "as_json", is_flag=True, help="Print a JSON list of objects.")
     @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
     @click.option("--parquet", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write Parquet.")
-    @click.option("--force", is_flag=True, help="Overwrite FILE.")
+    @click.option("--force", is_flag=True, help="Overwrite files that exist.")
     def wrapped(*args: Any, as_json: bool, as_csv: bool, parquet: Path | None, force: bool, **rest: Any) -> Any:
         if as_json + as_csv + (parquet is not None) > 1:
             raise UsageError("choose one of --json, --csv and --parquet")

@@ -107,6 +107,7 @@ class Policy:
     functions: dict[str, Callable[..., Any]]
     n_state: int
     tag: Any
+    needs_future: bool = False
 
 
 _policies: dict[str, Policy] = {}
@@ -115,13 +116,14 @@ _load_lock = threading.Lock()
 _loaded = False
 
 
-def policy(name: str, *, summary: str, paper: str) -> Callable[[T], T]:
+def policy(name: str, *, summary: str, paper: str, needs_future: bool = False) -> Callable[[T], T]:
     """Registers the class below it as policy `name`.
 
     Args:
         name: lower case, as given to `--policy`.
         summary: one line for tables and help.
         paper: where the rule comes from.
+        needs_future: it looks at references still to come, which only an open loop knows.
 
     Raises UsageError when the class does not have the functions that the module's docstring lists.
     """
@@ -143,6 +145,7 @@ def policy(name: str, *, summary: str, paper: str) -> Callable[[T], T]:
             functions=functions,
             n_state=n_state,
             tag=tag_type(0),
+            needs_future=needs_future,
         )
         _policies[name] = entry
         _by_tag[tag_type] = entry

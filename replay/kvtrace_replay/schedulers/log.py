@@ -81,6 +81,7 @@ def simulated_header(recorded: Recorded, settings: Settings, arrivals: str, why:
         "watermark": settings.watermark,
         "watermark_blocks": settings.watermark_blocks,
         "max_concurrent_batches": settings.depth,
+        "eviction_policy": settings.policy,
     }
     kept = {key: value for key, value in own.items() if key not in ("log_format", "segment", "tracer", "inexact")}
     return {

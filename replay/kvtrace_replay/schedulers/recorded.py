@@ -23,6 +23,7 @@ ARRIVALS = {
     "all": "all requests arrive before the first step; aborts at the recorded steps",
 }
 
+
 @dataclass(frozen=True, eq=False)
 class Recorded:
     """The requests of one engine, in order of arrival. Arrays have one entry per request unless said otherwise.
@@ -33,7 +34,9 @@ class Recorded:
         reason: int32; index into FINISH_REASONS at its end.
         no_read: bool; it asked not to read the prefix cache.
         priority: int32. arrival_s: float64, the front end's time. request_id: Polars strings.
-        arrival_step: int32; the first step that could see it. arrival_ns: int64.
+        arrival_step: int32; the first step that could see it.
+        arrival_late: bool; recorded with asynchronous scheduling: whether all outputs of the steps before had arrived,
+            that is, whether the engine had run dry.
         abort_step: int32; the last step begun when it was aborted, -1 before the first, -2 for never.
         abort_early: bool; whether an output was still to come that the engine waited for. abort_ns: int64.
         tenant: uint64.
@@ -52,7 +55,7 @@ class Recorded:
     arrival_s: npt.NDArray[np.float64]
     request_id: pl.Series
     arrival_step: I32
-    arrival_ns: I64
+    arrival_late: npt.NDArray[np.bool_]
     abort_step: I32
     abort_early: npt.NDArray[np.bool_]
     abort_ns: I64
@@ -111,11 +114,12 @@ class Recorded:
         return queue, victims
 
     def arrivals(self, how: str) -> I64:
-        """int64[n, 2]: (due, request); when each arrives, in order. See ARRIVALS."""
+        """int64[n, 3]: (due, request, whether late); when each arrives, in order. See ARRIVALS."""
         if how not in ARRIVALS:
             raise UsageError(f"--arrivals {how} is none of {', '.join(ARRIVALS)}")
         due = self.arrival_step.astype(np.int64) if how == "step" else np.zeros(self.n_requests, np.int64)
-        rows = np.stack([due, np.arange(self.n_requests)], axis=1)
+        late = self.arrival_late if how == "step" else np.zeros(self.n_requests, bool)
+        rows = np.stack([due, np.arange(self.n_requests), late], axis=1).astype(np.int64)
         return np.ascontiguousarray(rows[np.argsort(due, kind="stable")])
 
     def aborts(self) -> I64:
@@ -170,7 +174,9 @@ def recorded(trace: Any, engine_index: int | None = None) -> Recorded:
         arrival_s=requests["arrival_s"].fill_null(0.0).to_numpy(),
         request_id=requests["request_id"],
         arrival_step=numbers["arrival_step"].astype(np.int32),
-        arrival_ns=numbers["arrival_ns"],
+        arrival_late=(behind > 0)
+        & (numbers["arrival_step"] > 0)
+        & (numbers["arrival_ns"] >= ends[np.clip(numbers["arrival_step"] - 1, 0, len(ends) - 1)]),
         abort_step=abort_step.astype(np.int32),
         abort_early=aborted & (numbers["finish_ns"] < ends[of]),
         abort_ns=numbers["finish_ns"],

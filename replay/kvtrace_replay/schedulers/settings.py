@@ -9,10 +9,12 @@ from kvtrace_replay.schedulers.families import Rules, rules_of
 from kvtrace_traces.errors import KvtraceError, UsageError
 
 POLICIES = ("fcfs", "priority")
+#: The eviction policy that is the engine's own free queue.
+NATIVE = "vllm"
 #: The settings that can be changed, in the order of the command's options.
 VARIABLE = (
     "num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens", "prefix_caching", "chunked_prefill",
-    "long_prefill_token_threshold", "scheduling_policy", "async_scheduling", "watermark",
+    "long_prefill_token_threshold", "scheduling_policy", "async_scheduling", "watermark", "policy",
 )  # fmt: skip
 
 
@@ -21,7 +23,8 @@ class Settings:
     """What decides the behaviour of a vLLM V1 scheduler and its block pool.
 
     `num_blocks` includes the null block, `block_size` and the budgets are in tokens, `watermark` is a share of the
-    blocks; `depth`: scheduler calls under way at once; `rules`: what this version of vLLM does.
+    blocks; `depth`: calls under way at once; `rules`: what this version of vLLM does; `policy`: who is evicted,
+    NATIVE or a policy of the open loop.
     """
 
     num_blocks: int
@@ -40,6 +43,7 @@ class Settings:
     reserve_full_isl: bool
     max_model_len: int
     rules: Rules
+    policy: str = NATIVE
 
     @property
     def depth(self) -> int:
@@ -133,6 +137,7 @@ def own_settings(header: dict[str, Any]) -> Settings:
             reserve_full_isl=bool(scheduler.get("reserve_full_isl")),
             max_model_len=int(header.get("max_model_len") or 2**31 - 1),
             rules=rules,
+            policy=str(scheduler.get("eviction_policy") or NATIVE),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise KvtraceError(f"the trace's header does not tell its scheduler's settings ({error!r})") from None

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-import numpy as np
-import polars as pl
-
 from kvtrace_replay.capacity import parse_amount
+from kvtrace_replay.policies.registry import find_policy
 from kvtrace_replay.schedulers.recorded import Recorded, recorded
-from kvtrace_replay.schedulers.settings import POLICIES, VARIABLE, Settings, own_settings
+from kvtrace_replay.schedulers.settings import NATIVE, POLICIES, VARIABLE, Settings, own_settings
 from kvtrace_replay.schedulers.vllm_v1.run import Run, compile_for, simulate_run
 from kvtrace_traces.errors import UsageError
 
@@ -40,7 +38,6 @@ class Cell:
 #: Names of what keeps a prediction from being exact, and what they mean. Exact always means: given equal tokens.
 WHY = {
     "wall-clock-arrivals": "requests came while the engine ran; at other settings they would meet other steps",
-    "idle-arrivals": "requests came when an asynchronous engine had run dry, which is simulated as if just before",
     "unfinished-requests": "the trace ends before some requests do; they run to their maximum here",
     "aborted-beyond-record": "an aborted request got further than recorded; the tokens it made there are not known",
     "cache-reset": "the prefix cache was reset while recording; that is not simulated",
@@ -50,6 +47,7 @@ WHY = {
     "lora": "a limit on adapters in a batch is not simulated",
     "data-parallel": "data-parallel engines may hold back prefills together",
     "pipeline-parallel": "pipeline parallelism schedules more batches ahead than are simulated",
+    "policy": "no engine has this eviction policy to be compared with",
     "lossy": "a part of the log is missing",
 }
 
@@ -87,7 +85,8 @@ def simulate(
     cells = grid(source, own, settings or {})
     source.arrivals(arrivals)  # complains before anything runs
 
-    compile_for(source, own)
+    for name in dict.fromkeys(chosen.policy for _, chosen in cells if isinstance(chosen, Settings)):
+        compile_for(source, own.changed_to(policy=name))
 
     def one(chosen: Settings | str) -> tuple[Run | None, str | None]:
         if isinstance(chosen, str):
@@ -145,6 +144,8 @@ def _value(name: str, value: Any, own: Settings) -> Any:
         raise UsageError(f"{option} {value} is none of {', '.join(POLICIES)}")
     if name in ("prefix_caching", "chunked_prefill", "async_scheduling") and not isinstance(value, bool):
         raise UsageError(f"{option} {value!r} is neither True nor False")
+    if name == "policy":
+        return policy_called(value)
     if name == "watermark":
         if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < 1:
             raise UsageError(f"{option} {value} must be a share of the blocks, from 0 to below 1")
@@ -176,7 +177,6 @@ def why_not_exact(
     version = str(header.get("engine_version"))
     holds = {
         "wall-clock-arrivals": online and settings != own,
-        "idle-arrivals": online and settings.async_scheduling and came_after_all_output(trace, source),
         "unfinished-requests": source.unfinished > 0,
         "aborted-beyond-record": run is not None and run.guessed > 0 and bool(aborted.any()),
         "cache-reset": source.resets > 0,
@@ -186,17 +186,23 @@ def why_not_exact(
         "lora": scheduler.get("max_loras") is not None and bool(source.tenant.any()),
         "data-parallel": (parallel.get("data") or 1) > 1,
         "pipeline-parallel": (parallel.get("pipeline") or 1) > 1,
+        "policy": settings.policy != NATIVE,
         "lossy": bool(trace.lossy),
     }
     return tuple(name for name in WHY if holds[name])
 
 
-def came_after_all_output(trace: Any, source: Recorded) -> bool:
-    """Whether some request came when the output of every step had arrived."""
-    steps = trace.steps.filter(pl.col("engine_index") == source.header["engine_index"])
-    ends = steps["end_ns"].cast(pl.Int64).fill_null(np.iinfo(np.int64).max).to_numpy()
-    later = np.flatnonzero((source.arrival_step > 0) & (source.arrival_step <= len(ends)))
-    return bool((source.arrival_ns[later] >= ends[source.arrival_step[later] - 1]).any())
+def policy_called(name: str) -> str:
+    """The name of an eviction policy that can drive the pool. Raises UsageError for one that cannot, or is none."""
+    if str(name).strip().lower() == NATIVE:
+        return NATIVE
+    found = find_policy(name)
+    if found.needs_future:
+        raise UsageError(
+            f"--policy {found.name} looks at references still to come, and here they depend on what it does: "
+            "`kvtrace replay` takes it"
+        )
+    return found.name
 
 
 def newer_than_known(version: str) -> bool:

@@ -5,7 +5,8 @@ Four operations on the pool depend on it, chosen by the type of a tag as in `cac
 
 - free blocks that hold none stand in the free queue and are handed out first, in the engine's order;
 - an identity is pinned while a request holds one of its blocks; the policy chooses among the others;
-- of several blocks with one identity all but one are forgotten when they are given up, and go to the free queue.
+- of several blocks with one identity one is kept: an idle one is forgotten when another is cached, the others when they
+  are given up; they go to the free queue.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
@@ -28,7 +29,10 @@ from kvtrace_replay.schedulers.vllm_v1.layout import (
     G_FREE,
     G_POLICY_CLOCK,
     NO_IDENTITY,
+    P_LOG,
+    P_UNCACHED_FIRST,
 )
+from kvtrace_replay.schedulers.vllm_v1.words import log_evict
 from kvtrace_traces.compile import njit
 
 ABSENT = -1  # pins of an identity that is not cached
@@ -54,13 +58,13 @@ def _native_touch(tag, pol, blk, g, block):
 
 
 @njit(cache=False)
-def _native_remember(tag, pol, blk, first, g, block, identity):
+def _native_remember(tag, pol, p, blk, first, g, block, identity, log):
     own.remember(blk, first, block, identity)
 
 
 @njit(cache=False)
-def _native_give_back(tag, pol, blk, first, g, table, n, uncached_first):
-    own.give_back(blk, g, table, n, uncached_first)
+def _native_give_back(tag, pol, p, blk, first, g, table, n, log):
+    own.give_back(blk, g, table, n, p[P_UNCACHED_FIRST] != 0)
 
 
 # ---------------------------------------------------------------- a policy: `pol` is (pins, eight arrays of its state)
@@ -79,8 +83,10 @@ def _policy_take(tag, pol, blk, first, g, key):
         if victim < 0 or victim >= pins.shape[0] or pins[victim] != 0:
             g[G_BAD_VICTIM] = 1  # the run is void; go on with any, so that it ends
             victim = 0
-            while pins[victim] != 0:
+            while victim < pins.shape[0] - 1 and pins[victim] != 0:
                 victim += 1
+            if pins[victim] != 0:
+                return blk.shape[0] - 2  # nothing makes sense any more
         pins[victim] = ABSENT
         block = first[victim]
         own.forget(blk, first, block)
@@ -104,28 +110,40 @@ def _policy_touch(tag, pol, blk, g, block):
 
 
 @njit(cache=False)
-def _policy_remember(tag, pol, blk, first, g, block, identity):
-    own.remember(blk, first, block, identity)
+def _policy_remember(tag, pol, p, blk, first, g, block, identity, log):
     if identity < 0:
+        own.remember(blk, first, block, identity)
         return
-    pins = pol[0]
+    pins, now = pol[0], g[G_POLICY_CLOCK]
     if pins[identity] == ABSENT:
-        insert(tag, identity, g[G_POLICY_CLOCK], pol[1], pol[2], pol[3], pol[4], pol[5], pol[6], pol[7], pol[8])
+        insert(tag, identity, now, pol[1], pol[2], pol[3], pol[4], pol[5], pol[6], pol[7], pol[8])
         pin(tag, identity, pol[1], pol[2], pol[3], pol[4], pol[5], pol[6], pol[7], pol[8])
         pins[identity] = 0
     else:
-        hit(
-            tag, identity, pins[identity] > 0, g[G_POLICY_CLOCK], pol[1], pol[2], pol[3], pol[4], pol[5], pol[6],
-            pol[7], pol[8],
-        )  # fmt: skip
-        if pins[identity] == 0:
+        pinned = pins[identity] > 0
+        hit(tag, identity, pinned, now, pol[1], pol[2], pol[3], pol[4], pol[5], pol[6], pol[7], pol[8])
+        if not pinned:  # its block that nobody holds gives way to this one
             pin(tag, identity, pol[1], pol[2], pol[3], pol[4], pol[5], pol[6], pol[7], pol[8])
+            idle = first[identity]
+            _drop(p, blk, first, g, idle, log)
+            own.insert_free_after(blk, g, blk.shape[0] - 1, idle)
+            g[G_FREE] -= 1  # it was free before
+    own.remember(blk, first, block, identity)
     g[G_POLICY_CLOCK] += 1
     pins[identity] += 1
 
 
 @njit(cache=False)
-def _policy_give_back(tag, pol, blk, first, g, table, n, uncached_first):
+def _drop(p, blk, first, g, block, log):
+    """A block's identity is forgotten, though nobody needs the block yet."""
+    own.forget(blk, first, block)
+    g[G_EVICTIONS] += 1
+    if p[P_LOG]:
+        log_evict(log, g, block)
+
+
+@njit(cache=False)
+def _policy_give_back(tag, pol, p, blk, first, g, table, n, log):
     front, pins = blk.shape[0] - 1, pol[0]
     for i in range(n - 1, -1, -1):
         block = table[i]
@@ -140,8 +158,8 @@ def _policy_give_back(tag, pol, blk, first, g, table, n, uncached_first):
             g[G_FREE] += 1
             continue
         if key != NO_IDENTITY:  # a duplicate, or tokens that nobody can ask for again
-            own.forget(blk, first, block)
-        if uncached_first:
+            _drop(p, blk, first, g, block, log)
+        if p[P_UNCACHED_FIRST]:
             own.insert_free_after(blk, g, front, block)
             front = block
         else:
@@ -165,15 +183,17 @@ def touch(tag, pol, blk, g, block):
     (_native_touch if isinstance(tag, Native) else _policy_touch)(tag, pol, blk, g, block)
 
 
-def remember(tag, pol, blk, first, g, block, identity):
+def remember(tag, pol, p, blk, first, g, block, identity, log):
     """A block that a request holds becomes cached."""
-    (_native_remember if isinstance(tag, Native) else _policy_remember)(tag, pol, blk, first, g, block, identity)
+    (_native_remember if isinstance(tag, Native) else _policy_remember)(
+        tag, pol, p, blk, first, g, block, identity, log
+    )
 
 
-def give_back(tag, pol, blk, first, g, table, n, uncached_first):
+def give_back(tag, pol, p, blk, first, g, table, n, log):
     """A request gives up its `n` blocks, last first."""
     chosen = _native_give_back if isinstance(tag, Native) else _policy_give_back
-    chosen(tag, pol, blk, first, g, table, n, uncached_first)
+    chosen(tag, pol, p, blk, first, g, table, n, log)
 
 
 @overload(take_block)
@@ -189,14 +209,14 @@ def _touch(tag, pol, blk, g, block):
 
 
 @overload(remember)
-def _remember(tag, pol, blk, first, g, block, identity):
+def _remember(tag, pol, p, blk, first, g, block, identity, log):
     chosen = _chosen(tag, _native_remember, _policy_remember)
-    return lambda tag, pol, blk, first, g, block, identity: chosen(tag, pol, blk, first, g, block, identity)
+    return lambda tag, pol, p, blk, first, g, block, identity, log: chosen(
+        tag, pol, p, blk, first, g, block, identity, log
+    )
 
 
 @overload(give_back)
-def _give_back(tag, pol, blk, first, g, table, n, uncached_first):
+def _give_back(tag, pol, p, blk, first, g, table, n, log):
     chosen = _chosen(tag, _native_give_back, _policy_give_back)
-    return lambda tag, pol, blk, first, g, table, n, uncached_first: chosen(
-        tag, pol, blk, first, g, table, n, uncached_first
-    )
+    return lambda tag, pol, p, blk, first, g, table, n, log: chosen(tag, pol, p, blk, first, g, table, n, log)

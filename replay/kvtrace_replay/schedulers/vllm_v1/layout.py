@@ -63,10 +63,10 @@ G_FIELDS = 48
 # What stops a run: DONE, the log or the rows of steps are full (go on after taking them), or nothing can go on.
 DONE, FULL, STUCK = range(3)
 
-# What reaches the engine from outside, once so many steps have begun: arrivals, `come`, int64[n, 2]: (due, request), and
-# aborts, `gone`, int64[m, 3]: (due, whether late, request), both sorted. One that is not late comes before the output of
-# the last step begun.
-X_DUE, X_REQUEST = range(2)
+# What reaches the engine from outside, once so many steps have begun: arrivals, `come`, int64[n, 3]: (due, request,
+# whether late: not before the outputs of all steps begun, if nothing else is left to do), and aborts, `gone`,
+# int64[m, 3]: (due, whether late: not before the output that the last step begun waits for, request), both sorted.
+X_DUE, X_REQUEST, X_LATE = range(3)
 A_DUE, A_LATE, A_REQUEST = range(3)
 
 # Rows of steps: `rows`, int32[capacity, 9].

@@ -12,6 +12,7 @@ from kvtrace_replay.schedulers.vllm_v1.layout import (
     DONE,
     FINISHED,
     FLAG_CHUNK,
+    FLAG_STEADY,
     FULL,
     G_ABORTED,
     G_ARRIVED,
@@ -56,6 +57,7 @@ from kvtrace_replay.schedulers.vllm_v1.layout import (
     R_FLIGHT,
     R_HOLDERS,
     R_RUN_NEXT,
+    R_SLOT,
     R_STALE,
     R_STATUS,
     R_TOKENS,
@@ -70,16 +72,19 @@ from kvtrace_replay.schedulers.vllm_v1.layout import (
     S_RUNNING,
     S_TOKENS,
     S_WAITING,
+    ST_END,
     ST_END_NEXT,
     ST_REQUEST,
+    ST_SKIPS,
     STUCK,
     WAITING,
     X_DUE,
+    X_LATE,
     X_REQUEST,
 )
 from kvtrace_replay.schedulers.vllm_v1.queues import enqueue
 from kvtrace_replay.schedulers.vllm_v1.requests import cache_up_to, finish
-from kvtrace_replay.schedulers.vllm_v1.schedule import schedule
+from kvtrace_replay.schedulers.vllm_v1.schedule import schedule, wants_tokens
 from kvtrace_replay.schedulers.vllm_v1.steady import HEAD, coast, dissolve, first_unsteady, gather, leave
 from kvtrace_replay.schedulers.vllm_v1.words import ABORTED, log_arrival, log_output
 from kvtrace_traces.compile import njit
@@ -88,8 +93,29 @@ IDLE, STARVED = 1, 2  # g[G_IDLE]: nothing to do; or only an abort can free what
 
 
 @njit(cache=False)
+def runs_dry(p, g, req, st, flight_n):
+    """Whether outputs are under way and nobody needs more than these."""
+    under_way = 0
+    for k in range(g[G_FLIGHTS]):
+        under_way += flight_n[k, 1]
+    if under_way == 0 or g[G_WAITING] > 0:
+        return False
+    end = req.shape[0] - 1
+    request = req[end, R_RUN_NEXT]
+    while request != end:
+        slot = req[request, R_SLOT]
+        if req[request, R_FLAGS] & FLAG_STEADY:
+            if not (st[slot, ST_SKIPS] and st[slot, ST_END] == g[G_OUTPUTS]):
+                return False
+        elif wants_tokens(p, req, request):
+            return False
+        request = req[request, R_RUN_NEXT]
+    return True
+
+
+@njit(cache=False)
 def take_arrivals(
-    tag, pol, p, g, req, blk, first, table, order, come, log, arrivals, arrival_at, room, st,
+    tag, pol, p, g, req, blk, first, table, order, come, log, arrivals, arrival_at, room, flight_n, st,
     phases, ends,
 ):  # fmt: skip
     """Requests that are due arrive; where the engine idles, those of the next due step.
@@ -101,6 +127,8 @@ def take_arrivals(
         due = max(due, come[g[G_ARRIVED], X_DUE])
     while g[G_ARRIVED] < come.shape[0] and come[g[G_ARRIVED], X_DUE] <= due:
         request = come[g[G_ARRIVED], X_REQUEST]
+        if come[g[G_ARRIVED], X_LATE] and come[g[G_ARRIVED], X_DUE] == g[G_STEP] and runs_dry(p, g, req, st, flight_n):
+            break
         if p[P_LOG]:
             start, stop = arrival_at[request], arrival_at[request + 1]
             if g[G_LOG] + stop - start + room > log.shape[0]:
@@ -235,12 +263,12 @@ def update(
 ):  # fmt: skip
     """The output of a call arrives: `Scheduler.update_from_output`. `flight`: its `n` requests that are not steady, as
     (request, tokens, sampled); the steady ones, all of which stand before them, need looking at only where they end."""
-    slot, i = -1, 0
+    slot, i = np.int64(-1), 0
     if g[G_LATE]:  # the list holds who ends now, since it has a place for each output that anyone can still wait for
         slot = ends[g[G_OUTPUTS] & (ends.shape[0] - 1), HEAD]
     while True:
         if slot >= 0:
-            request, tokens, sampled = st[slot, ST_REQUEST], 1, 1
+            request, tokens, sampled = st[slot, ST_REQUEST], np.int64(1), np.int64(1)
             slot = st[slot, ST_END_NEXT]
             leave(p, g, req, st, phases, ends, request)
         elif i < n:
@@ -321,7 +349,7 @@ def run(
             return FULL
         due = next_due(g, come, gone)
         if (g[G_IDLE] or due <= g[G_STEP]) and not take_arrivals(
-            tag, pol, p, g, req, blk, first, table, order, come, log, arrivals, arrival_at, room,
+            tag, pol, p, g, req, blk, first, table, order, come, log, arrivals, arrival_at, room, flight_n,
             st, phases, ends,
         ):  # fmt: skip
             return FULL

@@ -28,7 +28,6 @@ from kvtrace_replay.schedulers.vllm_v1.layout import (
     P_CACHING,
     P_LOG,
     P_STRIDE,
-    P_UNCACHED_FIRST,
     PREEMPTED,
     R_BLOCKS,
     R_CACHED,
@@ -82,7 +81,7 @@ def cache_up_to(tag, pol, p, g, req, blk, first, table, chain, chain_at, log, re
             if p[P_LOG]:
                 for nth in range(max(req[request, L_GRANULES], i * p[P_STRIDE]), (i + 1) * p[P_STRIDE]):
                     log_guess(log, g, request, nth)
-        remember(tag, pol, blk, first, g, table[slot, i], identity)
+        remember(tag, pol, p, blk, first, g, table[slot, i], identity, log)
     req[request, R_CACHED] = full
     g[G_FILLED] += full - have
     if p[P_LOG]:
@@ -102,11 +101,11 @@ def extend(tag, pol, p, g, req, blk, first, table, chain, chain_at, owners, log,
 
 
 @njit(cache=False)
-def release(tag, pol, p, g, req, blk, first, table, st, request):
+def release(tag, pol, p, g, req, blk, first, table, log, st, request):
     """All blocks of a request go back: `KVCacheManager.free`."""
     slot = req[request, R_SLOT]
     if slot >= 0:
-        give_back(tag, pol, blk, first, g, table[slot], req[request, R_BLOCKS], p[P_UNCACHED_FIRST] != 0)
+        give_back(tag, pol, p, blk, first, g, table[slot], req[request, R_BLOCKS], log)
         st[g[G_SLOTS], ST_FREE] = slot
         g[G_SLOTS] += 1
     req[request, R_SLOT] = -1
@@ -121,7 +120,7 @@ def preempt(tag, pol, p, g, req, blk, first, table, order, log, st, request):
         leave_set(req, g, request)
         log_preempt(log, g, request, req[request, R_COMPUTED], req[request, R_BLOCKS])
     remove_running(req, g, request)
-    release(tag, pol, p, g, req, blk, first, table, st, request)
+    release(tag, pol, p, g, req, blk, first, table, log, st, request)
     req[request, R_STATUS] = PREEMPTED
     req[request, R_COMPUTED] = 0
     req[request, R_STALE] = req[request, R_FLIGHT]
@@ -144,7 +143,7 @@ def finish(tag, pol, p, g, req, blk, first, table, order, log, st, phases, ends,
         remove_running(req, g, request)
     else:
         withdraw(p, g, req, order, request)
-    release(tag, pol, p, g, req, blk, first, table, st, request)
+    release(tag, pol, p, g, req, blk, first, table, log, st, request)
     req[request, R_STATUS] = FINISHED
     req[request, O_FINISH] = max(g[G_STEP] - 1, 0)
     req[request, O_REASON] = reason

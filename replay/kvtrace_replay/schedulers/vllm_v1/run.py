@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from numba.core.errors import NumbaError
 
-from kvtrace_replay.policies.registry import MAX_STATE, Policy, Stream
+from kvtrace_replay.policies.registry import MAX_STATE, Stream, find_policy
 from kvtrace_replay.schedulers.recorded import Recorded
-from kvtrace_replay.schedulers.settings import Settings
+from kvtrace_replay.schedulers.settings import NATIVE, Settings
 from kvtrace_replay.schedulers.vllm_v1 import layout as at
 from kvtrace_replay.schedulers.vllm_v1 import loop
 from kvtrace_replay.schedulers.vllm_v1.choice import ABSENT, Native
@@ -64,21 +64,21 @@ class Run:
     seconds: float
 
 
-def compile_for(recorded: Recorded, settings: Settings, policy: Policy | None = None) -> None:
+def compile_for(recorded: Recorded, settings: Settings) -> None:
     """Compile the kernel, or load it, so that runs side by side do not each do so.
 
     Raises KvtraceError for a policy that does not compile.
     """
-    state = _state(recorded, settings, "all", policy)
+    state = _state(recorded, settings, "all")
     words = np.zeros(1, np.uint32)
     try:
         warm(run_compiled, (*state.values(), words, words, np.zeros(1, np.int64), 0))
     except NumbaError as error:
-        if policy is None:
+        if settings.policy == NATIVE:
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = next((line for line in lines[1:] if "Error" in line or ": " in line), lines[0])
-        raise KvtraceError(f"policy {policy.name!r} does not compile: {reason}") from error
+        raise KvtraceError(f"policy {settings.policy!r} does not compile: {reason}") from error
 
 
 def simulate_run(recorded: Recorded, settings: Settings, **options: Any) -> Run:
@@ -97,7 +97,6 @@ def run_in_pieces(
     settings: Settings,
     *,
     arrivals: str = "step",
-    policy: Policy | None = None,
     step_rows: bool = False,
     arrival_words: tuple[U32, I64] | None = None,
     fast: bool = True,
@@ -106,7 +105,6 @@ def run_in_pieces(
 
     Args:
         arrivals: a name of `recorded.ARRIVALS`.
-        policy: who is evicted, in place of the engine's own free queue; see `choice`.
         step_rows: keep a row per step.
         arrival_words: the words of each request's arrival and where they begin (`schedulers.log`); without, no log.
         fast: let requests that only decode pass many steps at once; False goes through each of them, for tests.
@@ -114,7 +112,7 @@ def run_in_pieces(
     Raises UsageError where some request can never be served at these settings.
     """
     _check_sizes(recorded, settings)
-    state = _state(recorded, settings, arrivals, policy, step_rows, arrival_words is not None, fast)
+    state = _state(recorded, settings, arrivals, step_rows, arrival_words is not None, fast)
     words, word_at = arrival_words or (np.zeros(1, np.uint32), np.zeros(recorded.n_requests + 1, np.int64))
     room = _room(recorded, settings, state["gone"])
     longest = int(np.diff(word_at).max(initial=0))
@@ -131,8 +129,8 @@ def run_in_pieces(
             g[at.G_STEP_ROWS] = 0
         yield log[: g[at.G_LOG]]
         g[at.G_LOG] = 0
-    if g[at.G_BAD_VICTIM] and policy is not None:
-        raise KvtraceError(f"policy {policy.name!r} is wrong: its evict returned a block that may not be evicted")
+    if g[at.G_BAD_VICTIM]:
+        raise KvtraceError(f"policy {settings.policy!r} is wrong: its evict returned a block that may not be evicted")
     if status == at.STUCK:
         raise UsageError(_why_stuck(recorded, settings, int(g[at.G_STUCK])))
     return Run(
@@ -161,7 +159,6 @@ def _state(
     recorded: Recorded,
     settings: Settings,
     arrivals: str,
-    policy: Policy | None,
     step_rows: bool = False,
     logged: bool = False,
     fast: bool = True,
@@ -199,7 +196,7 @@ def _state(
     blk[queue[1:], at.B_PREV] = queue[:-1]
     g = np.zeros(at.G_FIELDS, np.int64)
     g[at.G_FREE], g[at.G_SLOTS] = blocks - 1, slots
-    tag, pol = _policy(policy, recorded, settings, chain, chain_at)
+    tag, pol = _policy(recorded, settings, chain, chain_at)
     return {
         "tag": tag,
         "pol": pol,
@@ -225,12 +222,11 @@ def _state(
     }
 
 
-def _policy(
-    policy: Policy | None, recorded: Recorded, settings: Settings, chain: I32, chain_at: I64
-) -> tuple[Any, tuple[Any, ...]]:
-    """The tag of who is evicted, and its state: the pins of identities and eight arrays. Empty for the engine's rule."""
-    if policy is None:
+def _policy(recorded: Recorded, settings: Settings, chain: I32, chain_at: I64) -> tuple[Any, tuple[Any, ...]]:
+    """The tag of who is evicted, and its state: pins and eight arrays. Empty for the engine's own rule."""
+    if settings.policy == NATIVE:
         return Native(0), ()
+    policy = find_policy(settings.policy)
     identities = int(recorded.hashes.size) + 1
     stream = Stream(
         refs=chain,

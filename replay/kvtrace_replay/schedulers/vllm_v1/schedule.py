@@ -98,6 +98,15 @@ def long_prefill_limit(p, g):
 
 
 @njit(cache=False)
+def wants_tokens(p, req, request):
+    """Whether a running request has something to compute, for all that is known before its outputs arrive."""
+    computed, holders = req[request, R_COMPUTED], req[request, R_HOLDERS]
+    if p[P_SKIPS_FINISHING] and holders > 0 and computed + 2 - holders >= req[request, L_MOST]:
+        return False  # the output under way is its last
+    return min(req[request, R_TOKENS] + holders - computed, p[P_MAX_LEN] - 1 - computed) > 0
+
+
+@njit(cache=False)
 def victim_of(p, req, order):
     """Who is preempted: the last to run, or, by priority, the first of those with the highest (priority, arrival)."""
     end = req.shape[0] - 1
@@ -143,22 +152,19 @@ def schedule_running(
     tag, pol, p, g, req, blk, first, table, order, chain, chain_at, sch, owners, log, st,
     limit, request, budget,
 ):  # fmt: skip
-    """The first loop of `Scheduler.schedule`, from `request` on. Returns (budget left, whether anyone was preempted)."""
+    """The first loop of `Scheduler.schedule`, from `request` on. Returns (budget left, if anyone was preempted)."""
     end = req.shape[0] - 1
     preempted = False
     while request != end and budget > 0:
         computed, holders = req[request, R_COMPUTED], req[request, R_HOLDERS]
         following = req[request, R_RUN_NEXT]
-        if p[P_SKIPS_FINISHING] and holders > 0 and computed + 2 - holders >= req[request, L_MOST]:
-            request = following  # the output on its way is its last
+        if not wants_tokens(p, req, request):
+            request = following
             continue
         tokens = req[request, R_TOKENS] + holders - computed
         if 0 < limit < tokens:
             tokens = limit
         tokens = min(tokens, budget, p[P_MAX_LEN] - 1 - computed)
-        if tokens <= 0:
-            request = following
-            continue
         need = blocks_of(min(computed + tokens, p[P_MAX_LEN]), p[P_BLOCK_SIZE]) - req[request, R_BLOCKS]
         fits, overlooked = True, 0
         while need > g[G_FREE]:

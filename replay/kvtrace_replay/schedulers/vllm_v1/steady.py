@@ -1,11 +1,11 @@
 """The fast path: requests that only decode are counted by the call, not one by one.
 
 In a steady call every decoding request gets one token, so that nothing has to be done for it but at three occasions:
-when its next token needs a new block, when a block becomes full, and when it ends. Such a request is *steady*: its row
-of `req` stands still, two counters of calls say how far it has come, and it is in two lists: that of its phase (its
-computed tokens modulo the block size, which decides when it needs a block) and that of the output it ends with. Both are
-in the order of the running list. All else (prefill, admission, preemption, a tight budget) is done by the plain path, to
-which `dissolve` hands all steady requests back; `gather` takes up those that decode.
+when its next token needs a new block, when a block becomes full, and when it ends. Such a request is *steady*: its
+row of `req` stands still, two counters of calls say how far it has come, and it is in two lists: that of its phase
+(its computed tokens modulo the block size, which decides when it needs a block) and that of the output it ends with.
+Both are in the order of the running list. All else (prefill, admission, preemption, a tight budget) is done by the
+plain path, to which `dissolve` hands all steady requests back; `gather` takes up those that decode.
 
 With asynchronous scheduling, a call is under way while the next one is scheduled: an output lags one call behind, and
 `R_HOLDERS` and `R_FLIGHT` are 1 between calls. Of the call under way, `flights` names only the requests not steady.
@@ -245,7 +245,7 @@ def dissolve(p, g, req, st, phases, ends, flights, flight_n):
 
 @njit(cache=False)
 def order_of(req, st, request):
-    """Where a request stands in the running list; those that have left it come first, for their order decides nothing."""
+    """Where a request stands in the running list; those that have left it come first: their order decides nothing."""
     return st[req[request, R_SLOT], ST_ORDER] if req[request, R_SLOT] >= 0 else -1
 
 
@@ -309,7 +309,7 @@ def steady_fill(tag, pol, p, g, req, blk, first, table, chain, log, st, slot):
             request = st[slot, ST_REQUEST]
             for nth in range(max(req[request, L_GRANULES], i * p[P_STRIDE]), (i + 1) * p[P_STRIDE]):
                 log_guess(log, g, request, nth)
-    remember(tag, pol, blk, first, g, table[slot, i], identity)
+    remember(tag, pol, p, blk, first, g, table[slot, i], identity, log)
     st[slot, ST_CACHED] = i + 1
     g[G_FILLED] += 1
     if p[P_LOG]:

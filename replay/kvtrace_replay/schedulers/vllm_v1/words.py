@@ -41,7 +41,7 @@ TICK = 1000  # ns
 BEGIN, SCHED, OUTPUT, CHAIN = OPS["BEGIN"].code, OPS["SCHED"].code, OPS["OUTPUT"].code, OPS["CHAIN"].code
 LOOKUP, HIT, ALLOC, ALLOCN = OPS["LOOKUP"].code, OPS["HIT"].code, OPS["ALLOC"].code, OPS["ALLOCN"].code
 FILL, FREE, PREEMPT, FINISH = OPS["FILL"].code, OPS["FREE"].code, OPS["PREEMPT"].code, OPS["FINISH"].code
-SKIP = OPS["EXT"].code | (EXT_OPS["SKIP"].code | 1 << 8) << 4
+EVICT = OPS["EXT"].code | (EXT_OPS["EVICT"].code | 1 << 8) << 4
 ABORTED = 2  # schema.FINISH_REASONS
 
 
@@ -140,6 +140,14 @@ def log_finish(log, g, request, reason, output_tokens, blocks):
 
 
 @njit(cache=False)
+def log_evict(log, g, block):
+    """A block's identity is forgotten before it is handed out."""
+    put(log, g, EVICT)
+    put(log, g, block)
+    g[G_EVENTS] += 1
+
+
+@njit(cache=False)
 def log_preempt(log, g, request, computed, blocks):
     put(log, g, request << 4 | PREEMPT)
     put(log, g, computed)
@@ -151,8 +159,8 @@ def log_preempt(log, g, request, computed, blocks):
 def log_sched(log, g, req, sch, owners, st, steady):
     """The call ends: SCHED names what differs from the set of the call before with one token each.
 
-    `sch` int32[., 3]: (request, tokens, ...) of this call, but for `steady` more with a token each, which were all in the
-    call before. `R_CALL` still tells the call before; `g[G_CALL]` likewise.
+    `sch` int32[., 3]: (request, tokens, ...) of this call, but for `steady` more with a token each, which were all in
+    the call before. `R_CALL` still tells the call before; `g[G_CALL]` likewise.
     """
     n, expected, named = g[G_SCHEDULED], steady, 0
     for i in range(n):

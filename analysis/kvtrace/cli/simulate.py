@@ -1,0 +1,215 @@
+"""`kvtrace simulate`: what would the recorded requests have met at other settings of their scheduler?"""
+
+from __future__ import annotations
+
+import re
+import sys
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvtrace.cli.examples import examples
+from kvtrace.cli.output import Output, output_options, refuse_to_overwrite, replacing, table_suffix, write_table
+from kvtrace.cli.replay import Items
+from kvtrace.cli.traces import TRACE, exit_code, open_traces
+
+if TYPE_CHECKING:
+    from kvtrace.api import Trace
+    from kvtrace.simulations import Simulated
+
+# What people see besides the settings that vary.
+SHOWN = ("steps", "preemptions", "evictions", "hit_tokens", "token_hit_ratio", "exact", "seconds")
+# vLLM's own spellings; it takes underscores, too.
+ALIASES = {
+    "num-gpu-blocks-override": "num-blocks",
+    "enable-prefix-caching": "prefix-caching",
+    "no-enable-prefix-caching": "no-prefix-caching",
+    "enable-chunked-prefill": "chunked-prefill",
+    "no-enable-chunked-prefill": "no-chunked-prefill",
+}
+_COUNT = re.compile(r"(\d+(?:\.\d+)?)([km]?)", re.IGNORECASE)
+_UNITS = {"": 1, "k": 1000, "m": 1000_000}
+
+
+class Counts(Items):
+    """A list of whole numbers: 1000, 10k, 2M."""
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> list[object]:
+        return [self._one(str(text), param, ctx) for text in super().convert(value, param, ctx)]
+
+    def _one(self, text: str, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = _COUNT.fullmatch(text)
+        number = Fraction(match[1]) * _UNITS[match[2].lower()] if match else Fraction(1, 2)
+        if number.denominator != 1:
+            self.fail(f"{text!r} is no whole number; write 1000 or 10k", param, ctx)
+        return int(number)
+
+
+def spelling(name: str) -> str:
+    """An option's name as we have it, for vLLM's spelling of it."""
+    dashed = name.replace("_", "-")
+    return ALIASES.get(dashed, dashed)
+
+
+@click.command(
+    "simulate",
+    epilog=examples(
+        "kvtrace simulate traces/samples/thrash.kvt --num-blocks 200,400 --max-num-seqs 16,32",
+        "kvtrace simulate traces/samples/thrash.kvt --num-blocks 300 -o larger.kvt --per-request requests.csv",
+    ),
+    context_settings={"token_normalize_func": spelling},
+)
+@click.argument("path", type=TRACE, metavar="TRACE")
+@click.option("--engine", default="vllm-v1", show_default=True, metavar="NAME", help="The scheduler to simulate.")
+@click.option("--num-blocks", type=Items(), metavar="A,B",
+              help="Blocks, vLLM's null block among them (1000, 10k); or 8GiB, 65536tok.")  # fmt: skip
+@click.option("--block-size", type=Counts(), metavar="A,B",
+              help="Tokens in a block, multiples of the granule. Without --num-blocks the bytes stay.")  # fmt: skip
+@click.option("--max-num-seqs", type=Counts(), metavar="A,B", help="Most requests running at once.")
+@click.option("--max-num-batched-tokens", type=Counts(), metavar="A,B", help="Most tokens in a step.")
+@click.option("--prefix-caching", is_flag=True, help="With prefix caching.")
+@click.option("--no-prefix-caching", is_flag=True, help="Without. Both: one row each; so for the next two pairs.")
+@click.option("--chunked-prefill", is_flag=True, help="With prompts cut where a step's tokens end.")
+@click.option("--no-chunked-prefill", is_flag=True, help="Without.")
+@click.option("--async-scheduling", is_flag=True, help="With the next step scheduled before the last one's output.")
+@click.option("--no-async-scheduling", is_flag=True, help="Without.")
+@click.option("--long-prefill-token-threshold", type=Counts(), metavar="A,B",
+              help="Most tokens of one prompt in a step; 0 for no limit.")  # fmt: skip
+@click.option("--scheduling-policy", type=Items(), metavar="A,B", help="fcfs, priority.")
+@click.option("--watermark", type=Items(float), metavar="A,B",
+              help="Share of the blocks that admissions leave free, from 0 to below 1.")  # fmt: skip
+@click.option("--policy", type=Items(), metavar="A,B",
+              help="Who is evicted: vllm (its own free queue) or a policy; `kvtrace policies` lists them.")  # fmt: skip
+@click.option("--arrivals", default="step", show_default=True, metavar="HOW",
+              help="step (at the recorded steps) or all (before the first step).")  # fmt: skip
+@click.option("--per-request", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+              help="Write a row per request (.csv, .parquet or .json).")  # fmt: skip
+@click.option("--per-step", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+              help="Write a row per step (.csv, .parquet or .json).")  # fmt: skip
+@click.option("-o", "--out", type=click.Path(path_type=Path), metavar="OUT.kvt",
+              help="Write the simulated run as a trace, which every command reads.")  # fmt: skip
+@click.option("--allow-lossy", is_flag=True, help="Simulate what is left of a trace with missing content.")
+@output_options
+def command(
+    path: Path,
+    engine: str,
+    arrivals: str,
+    per_request: Path | None,
+    per_step: Path | None,
+    out: Path | None,
+    allow_lossy: bool,
+    output: Output,
+    **options: Any,
+) -> int:
+    """Run a trace's requests again at other settings of their engine.
+
+    Closed loop: the engine's scheduler and block pool are simulated, and decide anew in every step. Settings take
+    lists and make a grid; what is not given is the trace's own. vLLM's spellings (--num-gpu-blocks-override,
+    --enable-prefix-caching, underscores) are taken, too.
+    """
+    from kvtrace.people import Style
+    from kvtrace.simulations import check_single, simulate_trace, write_trace
+
+    for file in (per_request, per_step):
+        if file is not None:
+            table_suffix(file)
+            refuse_to_overwrite(file, output.force)
+    if out is not None:
+        refuse_to_overwrite(out, output.force)
+    (trace,) = open_traces([path])
+    settings = chosen(options)
+    if out is not None:
+        check_single(trace, settings)
+    found = simulate_trace(
+        trace, settings, engine=engine, arrivals=arrivals, step_rows=per_step is not None, allow_lossy=allow_lossy,
+        progress=_show_progress if sys.stderr.isatty() else None,
+    )  # fmt: skip
+    rows = found.frame()
+    output.facts(*facts(trace, found, "block_size" in settings and "num_blocks" not in settings))
+    varied = found.varied()
+    output.table(rows, Style(columns=[*varied, *SHOWN]))
+    if per_request is not None:
+        write_table(found.per_request(), per_request, output.force)
+    if per_step is not None:
+        write_table(found.per_step(), per_step, output.force)
+    if out is not None:
+        with replacing(out, output.force) as part:
+            part.unlink()
+            write_trace(found, part)
+        output.facts(f"wrote {out}", f"next: kvtrace info {out}")
+    return exit_code([trace])
+
+
+def chosen(options: dict[str, Any]) -> dict[str, list[Any]]:
+    """The settings that were given, as lists; of a switch and its opposite, what was said of them."""
+    settings: dict[str, list[Any]] = {}
+    for name, value in options.items():
+        if isinstance(value, bool):
+            switch, on = name.removeprefix("no_"), not name.startswith("no_")
+            if value:
+                settings.setdefault(switch, []).append(on)
+        elif value is not None:
+            settings[name] = value
+    return settings
+
+
+def facts(trace: Trace, found: Simulated, same_bytes: bool) -> list[str]:
+    """What was simulated, beside what the engine itself did; how requests arrived; and how exact it is."""
+    from kvtrace_replay.schedulers.recorded import ARRIVALS
+    from kvtrace_replay.schedulers.sweep import WHY
+
+    lines = []
+    for header in trace.engines:
+        which = f"engine {header['engine_index']}: " if found.several else ""
+        lines.append(f"{which}the scheduler of vLLM {header['engine_version']}, {recorded_run(trace, header)}")
+        if same_bytes:
+            lines += [f"{which}{line}" for line in scaled(found, header)]
+    cells = [cell for _, cell in found.cells]
+    lines.append(f"arrivals {cells[0].arrivals}: {ARRIVALS[cells[0].arrivals]}")
+    ran = [cell for cell in cells if cell.run is not None]
+    for name, meaning in WHY.items():
+        if many := sum(name in cell.why for cell in ran):
+            lines.append(f"{_of(many, len(ran))} not bound to be exact, {name}: {meaning}")
+    if exact := sum(not cell.why for cell in ran):
+        lines.append(f"{_of(exact, len(ran))} exact given equal tokens")
+    failed = [cell.failed for cell in cells if cell.failed]
+    lines += [f"not run: {why}" for why in dict.fromkeys(failed)]
+    return lines
+
+
+def recorded_run(trace: Trace, header: dict[str, Any]) -> str:
+    """What the engine did when it was recorded, in the words of the table."""
+    import polars as pl
+
+    mine = pl.col("engine_index") == header["engine_index"]
+    evicted = trace.block_events.filter(mine & (pl.col("kind") == "evict")).height
+    hit = int(trace.lookups.filter(mine)["tokens_hit"].sum())
+    return (
+        f"{trace.requests.filter(mine).height:,} requests; recorded with {header['num_blocks']:,} blocks of "
+        f"{header['block_size']} tokens: "
+        f"{trace.steps.filter(mine).height:,} steps, {trace.preemptions.filter(mine).height:,} preemptions, "
+        f"{evicted:,} evictions, {hit:,} tokens hit"
+    )
+
+
+def scaled(found: Simulated, header: dict[str, Any]) -> list[str]:
+    """A line for each block size that the number of blocks was changed for."""
+    lines = [
+        f"{cell.settings.block_size} tokens a block with the bytes unchanged: {cell.settings.num_blocks:,} blocks"
+        for index, cell in found.cells
+        if index == header["engine_index"] and cell.settings.block_size != header["block_size"]
+    ]
+    return list(dict.fromkeys(lines))
+
+
+def _of(many: int, total: int) -> str:
+    if total == 1:
+        return "the row is"
+    return "all rows are" if many == total else f"{many:,} of {total:,} rows {'is' if many == 1 else 'are'}"
+
+
+def _show_progress(done: int, total: int) -> None:
+    if total > 1:
+        click.echo(f"\rkvtrace: {done:,} of {total:,} runs", err=True, nl=done >= total)

@@ -1,0 +1,194 @@
+"""Closed-loop simulations of whole traces: every engine and combination of settings that was asked for, as frames."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from kvtrace.api import Trace, open
+from kvtrace_replay.schedulers.log import write_run
+from kvtrace_replay.schedulers.settings import VARIABLE
+from kvtrace_replay.schedulers.sweep import Cell, rows
+from kvtrace_replay.schedulers.sweep import simulate as simulate_engine
+from kvtrace_replay.schedulers.vllm_v1 import layout as at
+from kvtrace_traces.errors import KvtraceError, UsageError
+from kvtrace_traces.schema import FINISH_REASONS
+
+if TYPE_CHECKING:
+    from kvtrace_replay.schedulers.vllm_v1.run import Run
+
+TIMES = ("duration_s", "ttft_p50_s", "ttft_p99_s", "itl_p50_s", "itl_p99_s", "output_tokens_per_s")
+
+
+@dataclass(frozen=True, eq=False)
+class Simulated:
+    """The cells of a grid, each with the index of its engine; `several`: whether the trace has more than one engine."""
+
+    cells: list[tuple[int, Cell]]
+    several: bool
+
+    def frame(self) -> pl.DataFrame:
+        """One row per cell: the columns of `kvtrace simulate --json`."""
+        found = pl.DataFrame(rows([cell for _, cell in self.cells]), infer_schema_length=None)
+        found = found.with_columns(
+            *(pl.col(name).cast(pl.Float64) for name in TIMES),
+            pl.col("why").cast(pl.String),
+            pl.col("exact").cast(pl.Boolean),
+        )
+        if not self.several:
+            return found
+        index = pl.Series("engine_index", [index for index, _ in self.cells], dtype=pl.Int16)
+        return found.select(index, pl.all())
+
+    def varied(self) -> list[str]:
+        """The settings that are not the same in all cells."""
+        names = [name for name in VARIABLE if len({getattr(cell.settings, name) for _, cell in self.cells}) > 1]
+        return ["engine_index", *names] if self.several else names
+
+    def per_request(self) -> pl.DataFrame:
+        """One row per request and cell that ran, with the settings that vary in front."""
+        return self._all(request_frame)
+
+    def per_step(self) -> pl.DataFrame:
+        """One row per step and cell that ran, with the settings that vary in front."""
+        return self._all(lambda _, run: step_frame(run))
+
+    def _all(self, make: Callable[[Cell, Run], pl.DataFrame]) -> pl.DataFrame:
+        names = self.varied()
+        frames = []
+        for index, cell in self.cells:
+            if cell.run is None:
+                continue
+            values = [index if name == "engine_index" else getattr(cell.settings, name) for name in names]
+            lead = [pl.lit(value).alias(name) for name, value in zip(names, values, strict=True)]
+            frames.append(make(cell, cell.run).select(*lead, pl.all()))
+        if not frames:
+            raise KvtraceError("no combination of these settings can be run; the table says why")
+        return pl.concat(frames)
+
+
+def simulate(
+    trace: str | os.PathLike[str] | Trace,
+    engine: str = "vllm-v1",
+    *,
+    num_blocks: int | str | Sequence[int | str] | None = None,
+    block_size: int | Sequence[int] | None = None,
+    max_num_seqs: int | Sequence[int] | None = None,
+    max_num_batched_tokens: int | Sequence[int] | None = None,
+    prefix_caching: bool | Sequence[bool] | None = None,
+    chunked_prefill: bool | Sequence[bool] | None = None,
+    long_prefill_token_threshold: int | Sequence[int] | None = None,
+    scheduling_policy: str | Sequence[str] | None = None,
+    async_scheduling: bool | Sequence[bool] | None = None,
+    watermark: float | Sequence[float] | None = None,
+    policy: str | Sequence[str] | None = None,
+    arrivals: str = "step",
+    allow_lossy: bool = False,
+) -> pl.DataFrame:
+    """Run a trace's requests through the scheduler that recorded them, at other settings: one row per combination.
+
+    Every setting takes one value or several; None is the trace's own. `num_blocks` (the null block included) also
+    takes an amount such as `10k`, `8GiB` or `65536tok`; a `block_size` without `num_blocks` keeps the bytes. `policy`:
+    who is evicted, `vllm` for its own free queue or a policy of `replay`.
+    `arrivals`: `step` (as recorded) or `all` (at once).
+
+    Columns: engine, the settings, arrivals, requests, steps, preemptions, evictions, hit_tokens, lookup_tokens,
+    token_hit_ratio, hit_tokens_after_preemption, times (null so far), exact, why (null where exact), seconds (the
+    kernel alone); a trace of several engines has engine_index in front. A combination that cannot be run has nulls,
+    and says why, unless it is the only one: then UsageError is raised, as for a value that cannot be. KvtraceError for
+    a trace that cannot be simulated, and for a lossy one unless `allow_lossy`.
+    """
+    given = {
+        "num_blocks": num_blocks,
+        "block_size": block_size,
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "prefix_caching": prefix_caching,
+        "chunked_prefill": chunked_prefill,
+        "long_prefill_token_threshold": long_prefill_token_threshold,
+        "scheduling_policy": scheduling_policy,
+        "async_scheduling": async_scheduling,
+        "watermark": watermark,
+        "policy": policy,
+    }
+    opened = trace if isinstance(trace, Trace) else open(trace)
+    return simulate_trace(opened, given, engine=engine, arrivals=arrivals, allow_lossy=allow_lossy).frame()
+
+
+def simulate_trace(
+    trace: Trace, settings: dict[str, Any], *, allow_lossy: bool = False, progress: Any = None, **options: Any
+) -> Simulated:
+    """The cells of every engine of a trace. `options` are those of `kvtrace_replay.simulate`.
+
+    Raises KvtraceError for a lossy trace unless `allow_lossy`.
+    """
+    if trace.lossy and not allow_lossy:
+        raise KvtraceError(
+            f"{trace.path} is lossy (see `kvtrace info`), requests may be missing: --allow-lossy takes what is left"
+        )
+    if options.get("arrivals") == "time":
+        raise UsageError("--arrivals time needs the cost of each step, which comes with timing: choose step or all")
+    cells: list[tuple[int, Cell]] = []
+    for header in trace.engines:
+        index = int(header["engine_index"])
+        found = simulate_engine(trace.reader, settings, engine_index=index, progress=progress, **options)
+        cells += [(index, cell) for cell in found]
+    return Simulated(cells, len(trace.engines) > 1)
+
+
+def request_frame(cell: Cell, run: Run) -> pl.DataFrame:
+    """What became of each request in one run. Steps are null for what never ran, `finish_*` for what never ended."""
+    out, source = run.requests, cell.recorded
+
+    def column(which: int) -> pl.Expr:
+        return pl.lit(pl.Series(out[:, which]))
+
+    def known(which: int) -> pl.Expr:
+        return pl.when(column(which) >= 0).then(column(which))
+
+    reasons = pl.Series([*FINISH_REASONS], dtype=pl.String)
+    return pl.select(
+        request=pl.Series(range(source.n_requests), dtype=pl.Int32),
+        request_id=source.request_id,
+        cached_tokens=known(at.O_CACHED),
+        preemptions=pl.Series(run.preempted),
+        first_step=known(at.O_FIRST),
+        last_step=known(at.O_LAST),
+        finish_step=known(at.O_FINISH),
+        finish_reason=pl.lit(reasons).gather(known(at.O_REASON)),
+        hit_tokens=column(at.O_HIT),
+        prompt_tokens=pl.Series(source.prompt),
+        output_tokens=pl.Series(run.tokens - source.prompt),
+    )
+
+
+def step_frame(run: Run) -> pl.DataFrame:
+    """What each step of one run did: a row per scheduler call with tokens."""
+    names = (
+        "requests", "tokens", "running", "waiting", "free_blocks", "preempted", "empty_calls", "prefill_requests",
+        "evictions",
+    )  # fmt: skip
+    found = {"step": pl.Series(range(len(run.rows)), dtype=pl.Int32)}
+    return pl.DataFrame(found | {name: run.rows[:, i] for i, name in enumerate(names)})
+
+
+def check_single(trace: Trace, settings: dict[str, Any]) -> None:
+    """Raise UsageError where the settings (lists by name) make more than the one run that can be written as a trace."""
+    if len(trace.engines) > 1:
+        raise UsageError("-o writes the run of one engine: name the file of one engine, not the folder of several")
+    many = {name: len(values) for name, values in settings.items() if len(values) > 1}
+    if many:
+        named = ", ".join(name.replace("_", "-") for name in many)
+        raise UsageError(f"-o writes one run, and these settings make {prod(many.values())}: give one value of {named}")
+
+
+def write_trace(simulated: Simulated, path: Path) -> None:
+    """Write the first run of `simulated` as a trace to `path`, which must not exist."""
+    _, cell = simulated.cells[0]
+    write_run(path, cell.recorded, cell.settings, cell.arrivals, why=cell.why)
