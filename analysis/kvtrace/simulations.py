@@ -147,7 +147,7 @@ def request_frame(cell: Cell, run: Run) -> pl.DataFrame:
     out, source = run.requests, cell.recorded
 
     def column(which: int) -> pl.Expr:
-        return pl.lit(pl.Series(out[:, which]))
+        return pl.lit(pl.Series(out[:, which - at.O_FIRST]))
 
     def known(which: int) -> pl.Expr:
         return pl.when(column(which) >= 0).then(column(which))

@@ -11,13 +11,13 @@ process (signal handlers, threads, frozen garbage collector); an engine after th
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .observe import Observer
+from .workloads import STOP
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -100,16 +100,30 @@ class Engine:
         self._ids: list[str] = []
         self._numbers: dict[str, int] = {}
 
-    def add(self, prompt: list[int], max_tokens: int, *, priority: int = 0, cache_salt: str | None = None) -> int:
-        """Queue a request (temperature 0, no stop token); return its number."""
+    def add(
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        output: list[int] | None = None,
+    ) -> int:
+        """Queue a request (temperature 0, no stop token); return its number.
+
+        With `output` it generates these tokens and ends at STOP, if the engine has script.py's logits processor.
+        """
         from vllm import SamplingParams
 
         number = len(self._ids)
         inputs: dict[str, Any] = {"prompt_token_ids": list(prompt)}
         if cache_salt is not None:
             inputs["cache_salt"] = cache_salt
+        scripted: dict[str, Any] = {}
+        if output is not None:
+            scripted = {"extra_args": {"output": output}, "stop_token_ids": [STOP]}
         params = SamplingParams(
-            temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=self.config.tokenizer
+            temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=self.config.tokenizer, **scripted
         )
         # The engine appends random characters to the name and returns the result; outputs carry the plain
         # name.
@@ -127,6 +141,10 @@ class Engine:
         for output in self.llm.llm_engine.step():
             if output.finished:
                 self.finals[self._numbers[output.request_id]] = output
+
+    def alive(self, request: int) -> bool:
+        """Whether a request has not ended yet."""
+        return self._ids[request] in self.scheduler.requests
 
     @property
     def busy(self) -> bool:
@@ -169,10 +187,9 @@ class Engine:
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm, self.scheduler
         self.observer = None
+        # vLLM freezes the heap at start (freeze_gc_heap), and frozen cycles would never be collected: this thaws it,
+        # and collects.
         cleanup_dist_env_and_memory()
-        # vLLM freezes the heap at start (freeze_gc_heap): frozen cycles would never be collected.
-        gc.unfreeze()
-        gc.collect()
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ with Server(folder, log_dir, args=["--num-gpu-blocks-override", "60"], tokenizer
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import signal
@@ -129,6 +130,27 @@ class Server:
     def post(self, path: str, body: dict[str, Any], timeout: float = 120.0) -> dict[str, Any]:
         """POST JSON, return JSON; ServerError with the server's words on any other status than 200."""
         return json.loads(self._request("POST", path, json.dumps(body).encode(), timeout))
+
+    def abandon(self, prompt: list[int], max_tokens: int, after: int) -> bool:
+        """Ask as `complete` does, with the answer streamed, and hang up after `after` pieces: the server aborts it.
+
+        Returns whether there was anything left to abort.
+        """
+        body = {"model": "model", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+        text = json.dumps(body | {"stream": True, "return_token_ids": True})
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60.0)
+        try:
+            connection.request("POST", "/v1/completions", text, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            pieces = 0
+            while pieces < after:
+                line = answer.readline()
+                if not line or line.startswith(b"data: [DONE]"):
+                    return False
+                pieces += line.startswith(b"data: ")
+            return True
+        finally:
+            connection.close()
 
     def metrics(self) -> dict[str, float]:
         """Return the server's counters and gauges by name, summed over their labels."""

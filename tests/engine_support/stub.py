@@ -21,6 +21,7 @@ from typing import Any
 
 from .engine import ENVIRONMENT
 from .observe import Observer
+from .workloads import STOP
 
 
 def scripted_token(request: int, position: int, vocab: int = 512) -> int:
@@ -117,6 +118,8 @@ class StubEngine:
         self.outputs: list[list[int]] = []
         self.finish_reasons: list[str | None] = []
         self.steps = 0
+        self._numbers: dict[str, int] = {}
+        self._scripts: list[list[int] | None] = []
         self._token = token
         self._depth = 2 if async_scheduling else 1
         self._in_flight: deque[tuple[Any, Any]] = deque()
@@ -124,22 +127,45 @@ class StubEngine:
         # scheduled.
         self._sampled: dict[str, int] = {}
 
-    def add(self, prompt: list[int], max_tokens: int, *, priority: int = 0, cache_salt: str | None = None) -> int:
-        """Queue a request (no stop token); return its number."""
+    def add(
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        output: list[int] | None = None,
+        arrival_time: float | None = None,
+        name: str = "r",
+        no_read: bool = False,
+    ) -> int:
+        """Queue a request; return its number, which ends its id, after `name`.
+
+        It generates `output`, ending at STOP, or else what the script says, without a stop token. `no_read`: it asks
+        for something for which vLLM does not read the prefix cache.
+        """
         from vllm import SamplingParams
         from vllm.v1.request import Request
 
         number = len(self.requests)
+        self._scripts.append(output)
         request = Request(
-            request_id=f"r{number}",
+            request_id=f"{name}{number}",
             prompt_token_ids=list(prompt),
-            sampling_params=SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True),
+            sampling_params=SamplingParams(
+                temperature=0.0,
+                max_tokens=max_tokens,
+                ignore_eos=True,
+                stop_token_ids=[] if output is None else [STOP],
+                prompt_logprobs=1 if no_read else None,
+            ),
             pooling_params=None,
-            arrival_time=float(number),
+            arrival_time=float(number) if arrival_time is None else arrival_time,
             cache_salt=cache_salt,
             priority=priority,
             block_hasher=self._hasher,
         )
+        self._numbers[request.request_id] = number
         self.requests.append(request)
         self.outputs.append([])
         self.finish_reasons.append(None)
@@ -150,7 +176,11 @@ class StubEngine:
         """Abort a request; nothing happens if it is done."""
         from vllm.v1.request import RequestStatus
 
-        self.scheduler.finish_requests([f"r{request}"], RequestStatus.FINISHED_ABORTED)
+        self.scheduler.finish_requests([self.requests[request].request_id], RequestStatus.FINISHED_ABORTED)
+
+    def alive(self, request: int) -> bool:
+        """Whether a request has not ended yet."""
+        return self.requests[request].request_id in self.scheduler.requests
 
     def step(self) -> None:
         """Schedule once if there is anything to; take in the oldest step's output once enough are in flight.
@@ -196,7 +226,12 @@ class StubEngine:
                 continue
             position = self._sampled.get(name, 0)
             self._sampled[name] = position + 1
-            tokens.append([self._token(int(name[1:]), position)])
+            number = self._numbers[name]
+            script = self._scripts[number]
+            if script is None:
+                tokens.append([self._token(number, position)])
+            else:  # past its end it is about to stop: an output on the way after the last
+                tokens.append([script[position] if position < len(script) else STOP])
         return ModelRunnerOutput(
             req_ids=names,
             req_id_to_index={name: index for index, name in enumerate(names)},
@@ -206,7 +241,7 @@ class StubEngine:
     def _take(self, scheduled: Any, output: Any) -> None:
         for engine_outputs in self.scheduler.update_from_output(scheduled, output).values():
             for row in engine_outputs.outputs:
-                number = int(row.request_id[1:])
+                number = self._numbers[row.request_id]
                 self.outputs[number].extend(row.new_token_ids)
                 if row.finish_reason is not None:
                     self.finish_reasons[number] = str(row.finish_reason)

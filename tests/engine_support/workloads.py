@@ -12,11 +12,15 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 VOCAB = 512
+STOP = 2  # ends a request whose script has it
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """One request: added before step `step`; aborted before step `abort_step` if given."""
+    """One request: added before step `step`; aborted before step `abort_step` if given.
+
+    `output` are the tokens that a scripted engine generates for it (rerun.py); STOP among them ends it.
+    """
 
     prompt: list[int]
     max_tokens: int = 8
@@ -24,6 +28,7 @@ class Arrival:
     abort_step: int | None = None
     priority: int = 0
     cache_salt: str | None = None
+    output: list[int] | None = None
 
 
 class Steppable(Protocol):
@@ -159,6 +164,35 @@ def mixed(seed: int, block_size: int) -> list[Arrival]:
         *long_prompts(seed + 5, 3, 300),
     ]
     return staggered(seed + 6, parts, spread=150)
+
+
+def scripted(seed: int, arrivals: Iterable[Arrival], stop_share: float = 0.0) -> list[Arrival]:
+    """The same requests in order of arrival, each with tokens to generate; a share of them ends early, by a stop token.
+
+    There are `max_tokens` of them, so that nothing is missing whatever the engine does. What has a script keeps it.
+    """
+    rng = random.Random(seed)
+    found = []
+    for arrival in sorted(arrivals, key=lambda arrival: arrival.step):
+        output = arrival.output or tokens(rng, arrival.max_tokens)
+        if arrival.max_tokens > 2 and rng.random() < stop_share:
+            output[rng.randrange(1, arrival.max_tokens - 1)] = STOP
+        found.append(replace(arrival, output=output))
+    return found
+
+
+def conversations(seed: int, chats: int = 4, turns: int = 4, gap: int = 40) -> list[Arrival]:
+    """Chats whose turn t repeats everything before it, the (scripted) answers too, and adds a question."""
+    rng = random.Random(seed)
+    system = tokens(rng, 70)
+    found = []
+    for chat in range(chats):
+        history = system + tokens(rng, 20)
+        for turn in range(turns):
+            output = tokens(rng, rng.randrange(20, 50))
+            found.append(Arrival(list(history), len(output), step=turn * gap + chat * 3, output=output))
+            history += output + tokens(rng, rng.randrange(10, 40))
+    return sorted(found, key=lambda arrival: arrival.step)
 
 
 def as_json(arrivals: Iterable[Arrival]) -> list[dict[str, Any]]:

