@@ -134,7 +134,13 @@ def in_words(trace: Any, names: list[int]) -> dict[str, Any]:
     """What a trace tells of a run, in the shapes of `twin.Run`; identities are their hashes, requests are `names`."""
     hashes = trace.chains().hashes
     events = [
-        (step, kind, names[request], block, None if identity is None else int(hashes[identity]))
+        (
+            step,
+            kind,
+            None if request is None else names[request],
+            block,
+            None if identity is None else int(hashes[identity]),
+        )
         for step, kind, request, block, identity in trace.block_events.select(
             "step", "kind", "request", "block", "identity"
         ).rows()
