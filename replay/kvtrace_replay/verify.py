@@ -164,7 +164,8 @@ def _pool(trace: Any, header: dict[str, Any], events: pl.DataFrame, mine: Any) -
         if row >= 0:
             event = events.row(row, named=True)
             where = f"event {row} (step {event['step']}, {event['kind']} of block {event['block']})"
-        checks.append(check(name, rule, checked[name], int(followed.mismatches[i]), where, skip))
+        wrong_rows = 0 if skip else int(followed.mismatches[i])
+        checks.append(check(name, rule, checked[name], wrong_rows, None if skip else where, skip))
     held = {number: len(blocks) for number, blocks in followed.state.tables.items()}
     finished = set(mine(trace.requests).filter(pl.col("finish_step").is_not_null())["request"].to_list())
     left = sorted(set(held) & finished)

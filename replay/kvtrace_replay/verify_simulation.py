@@ -22,9 +22,9 @@ NAME = "simulation"
 RULE = (
     "the scheduler's rules, run again at the trace's own settings, give every step, lookup, preemption and block event"
 )
-#: What is no hindrance: a version that the tracer was never checked on is checked here, and of requests that the trace
-#: does not see end, what it sees must come out.
-CHECKED_ALL_THE_SAME = ("untested-engine", "unfinished-requests")
+#: What is no hindrance: a version that the tracer was never checked on is checked here; of requests that the trace does
+#: not see end, what it sees must come out; and a run simulated with an eviction policy comes out again.
+CHECKED_ALL_THE_SAME = ("untested-engine", "unfinished-requests", "policy")
 #: The columns that must agree, by table; the last names where a row is. Times are the clock's, identities are compared
 #: by their hashes.
 COLUMNS = {

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 
+from kvtrace_replay.schedulers.log import write_run
+from kvtrace_replay.schedulers.recorded import recorded
+from kvtrace_replay.schedulers.settings import own_settings
 from kvtrace_replay.schedulers.sweep import policy_called
+from kvtrace_replay.verify import verify
+from kvtrace_traces import open_trace
 from kvtrace_traces.errors import UsageError
 
 from . import twin
@@ -16,13 +23,14 @@ from .kernel import kernel_run, twin_in_words
 from .twin_pool import Pool
 
 CASES = range(60_000, 60_060)
+SAMPLE = Path(__file__).parents[2] / "traces" / "samples" / "thrash.kvt"
 
 
 class PolicyPool(Pool):
     """A pool whose victims a policy chooses: blank blocks first, then the identity that `rank` puts first.
 
-    `fifo`: the identity cached longest ago; `lru`: the one whose last user left longest ago. An identity is in use while
-    some block that holds it is; of several blocks with it one is kept.
+    `fifo`: the identity cached longest ago; `lru`: the one whose last user left longest ago. An identity is in use
+    while some block that holds it is; of several blocks with it one is kept.
     """
 
     policy = "lru"
@@ -91,8 +99,8 @@ class PolicyPool(Pool):
 
 
 def comparable(run: dict[str, Any]) -> dict[str, Any]:
-    """A run without who caused an eviction, which the log does not say where a block is not handed out at once, and with
-    the events of a call sorted where only their order within it differs (fills are logged together)."""
+    """A run without who caused an eviction, which the log does not say where a block is not handed out at once, and
+    with its events sorted: the log has the fills of an allocation after what else they bring about."""
     events = [(step, kind, None if kind == "evict" else request, *rest) for step, kind, request, *rest in run["events"]]
     return {**run, "events": sorted(events, key=repr)}
 
@@ -115,6 +123,19 @@ def test_a_policy_drives_the_pool(policy: str, monkeypatch: pytest.MonkeyPatch) 
         duplicates += sum(event[1] == "evict" and event[2] == -1 for event in theirs["events"])
     assert evictions > 100
     assert duplicates > 10
+
+
+@pytest.mark.parametrize("policy", ["lru", "fifo"])
+def test_a_run_with_a_policy_is_a_trace_that_verifies(policy: str, tmp_path: Path) -> None:
+    source = recorded(open_trace(SAMPLE))
+    settings = own_settings(source.header).changed_to(num_blocks=150, policy=policy)
+    run = write_run(tmp_path / "run.kvt", source, settings)
+    trace = open_trace(tmp_path / "run.kvt")
+    assert trace.block_events.filter(pl.col("kind") == "evict").height == run.evictions > 500
+    skipped = [check["name"] for check in verify(trace)["checks"] if check["skipped"]]
+    wrong = [check for check in verify(trace)["checks"] if check["mismatches"]]
+    assert not wrong
+    assert skipped == ["free queue order"]
 
 
 def test_what_cannot_drive_it_is_refused() -> None:
