@@ -142,6 +142,14 @@ class Engine:
             if output.finished:
                 self.finals[self._numbers[output.request_id]] = output
 
+    def ran_dry(self) -> bool:
+        """As StubEngine: not without asynchronous scheduling."""
+        return False
+
+    def runs_dry(self) -> bool:
+        """As StubEngine: not without asynchronous scheduling."""
+        return False
+
     def alive(self, request: int) -> bool:
         """Whether a request has not ended yet."""
         return self._ids[request] in self.scheduler.requests

@@ -27,11 +27,13 @@ class Endless(Exception):
 
 @dataclass(frozen=True)
 class Event:
-    """Request `request` comes, or is aborted, once `due` steps have begun."""
+    """Request `request` comes, or is aborted, once `due` steps have begun; one that is `late`, when their outputs have
+    arrived too, if the engine has to wait for them."""
 
     due: int
     request: int
     abort: bool = False
+    late: bool = False
 
 
 def planned(arrivals: Sequence[Arrival]) -> list[Event]:
@@ -63,7 +65,7 @@ def play(engine: Any, requests: Sequence[dict[str, Any]], events: Sequence[Event
     """Run `requests` (arguments of `engine.add`) to their end; return the events as they came about.
 
     An engine with nothing to do gets the requests of the next step at which some come; aborts wait for their step.
-    Events are returned with the step at which they came, without aborts of what had already ended. Raises Endless.
+    Events are returned as a trace tells them, without aborts of what had already ended. Raises Endless.
     """
     steps = Counted(engine.scheduler)
     come = deque(event for event in events if not event.abort)
@@ -72,10 +74,13 @@ def play(engine: Any, requests: Sequence[dict[str, Any]], events: Sequence[Event
     while come or engine.busy:
         due = steps.begun if engine.busy or not come else max(steps.begun, come[0].due)
         while come and come[0].due <= due:
+            if come[0].late and come[0].due == steps.begun and engine.runs_dry():
+                break
             event = come.popleft()
+            late = steps.begun > 0 and engine.ran_dry()
             number = engine.add(**requests[event.request])
             assert number == event.request
-            taken.append(replace(event, due=steps.begun))
+            taken.append(replace(event, due=steps.begun, late=late))
         while go and go[0].due <= steps.begun:
             event = go.popleft()
             if engine.alive(event.request):

@@ -198,6 +198,27 @@ class StubEngine:
         if self._in_flight:
             self._take(*self._in_flight.pop())
 
+    def ran_dry(self) -> bool:
+        """Asynchronous scheduling: whether the outputs of all steps have arrived."""
+        return self._depth > 1 and not self._under_way()
+
+    def runs_dry(self) -> bool:
+        """Whether outputs are under way, and the next call would schedule nothing for want of them."""
+        scheduler = self.scheduler
+        waiting = scheduler.get_request_counts()[1]
+        return self._under_way() and not waiting and not any(self._wants_tokens(one) for one in scheduler.running)
+
+    def _under_way(self) -> bool:
+        return any(scheduled.total_num_scheduled_tokens for scheduled, _ in self._in_flight)
+
+    def _wants_tokens(self, request: Any) -> bool:
+        """`Scheduler.schedule`: not if the output under way is its last."""
+        computed, placeholders = request.num_computed_tokens, request.num_output_placeholders
+        if placeholders and computed + 2 - placeholders >= request.num_prompt_tokens + request.max_tokens:
+            return False
+        known = request.num_tokens + placeholders
+        return min(known - computed, self.scheduler.max_model_len - 1 - computed) > 0
+
     @property
     def busy(self) -> bool:
         """Whether a step would do something."""
