@@ -37,7 +37,7 @@ class Cell:
 
 #: Names of what keeps a prediction from being exact, and what they mean. Exact always means: given equal tokens.
 WHY = {
-    "wall-clock-arrivals": "requests came while the engine ran; at other settings they would meet other steps",
+    "wall-clock-arrivals": "requests came or were aborted while the engine ran; in another run they meet other steps",
     "unfinished-requests": "the trace ends before some requests do; they run to their maximum here",
     "aborted-beyond-record": "an aborted request got further than recorded; the tokens it made there are not known",
     "cache-reset": "the prefix cache was reset while recording; that is not simulated",
@@ -176,7 +176,7 @@ def why_not_exact(
     online = arrivals == "step" and (bool(source.arrival_step.any()) or bool(aborted.any()))
     version = str(header.get("engine_version"))
     holds = {
-        "wall-clock-arrivals": online and settings != own,
+        "wall-clock-arrivals": (online and settings != own) or (arrivals != "step" and bool(aborted.any())),
         "unfinished-requests": source.unfinished > 0,
         "aborted-beyond-record": run is not None and run.guessed > 0 and bool(aborted.any()),
         "cache-reset": source.resets > 0,
