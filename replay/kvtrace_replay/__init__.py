@@ -12,15 +12,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvtrace_replay.cache.runs import SEMANTICS, replay, replay_requests
+    from kvtrace_replay.cache.runs import replay, replay_requests
     from kvtrace_replay.capacity import parse_capacity
-    from kvtrace_replay.policies.registry import find_policy, load_policy_file
+    from kvtrace_replay.policies.registry import SEMANTICS, find_policy, load_policy_file
     from kvtrace_replay.schedulers.sweep import simulate
     from kvtrace_replay.workload.model import Workload
     from kvtrace_replay.workload.recorded import from_trace
 
 _HOMES = {
-    "SEMANTICS": "kvtrace_replay.cache.runs",
+    "SEMANTICS": "kvtrace_replay.policies.registry",
     "Workload": "kvtrace_replay.workload.model",
     "find_policy": "kvtrace_replay.policies.registry",
     "from_trace": "kvtrace_replay.workload.recorded",

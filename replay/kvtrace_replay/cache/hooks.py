@@ -1,4 +1,4 @@
-"""The five calls through which a driver reaches its policy, chosen by the type of the policy's tag.
+"""The eight calls through which a driver reaches its policy, chosen by the type of the policy's tag.
 
 Compiled, each call is the policy's own function, inlined. The state arrays travel as eight plain
 arguments: inside a tuple they are reference-counted in the loop, which halves the speed of LRU (171
@@ -14,7 +14,7 @@ from typing import Any
 
 from numba.extending import overload
 
-from kvtrace_replay.policies.registry import LEADING, MAX_STATE, policy_of
+from kvtrace_replay.policies.registry import LEADING, MAX_STATE, OTHERWISE, policy_of
 from kvtrace_traces.compile import njit
 
 _STATE = tuple(f"s{i}" for i in range(MAX_STATE))
@@ -27,7 +27,7 @@ def _implementation(tag: Any, part: str) -> Callable[..., Any]:
     arguments = ", ".join(("tag", *LEADING[part], *_STATE))
     passed = ", ".join((*LEADING[part], *_STATE[: entry.n_state]))
     # Written out, since star arguments would make a tuple (see above).
-    body = f"return function({passed})" if function else "pass"
+    body = f"return function({passed})" if function else f"return {OTHERWISE[part]}"
     scope: dict[str, Any] = {"function": njit(cache=False)(function) if function else None}
     exec(f"def {part}({arguments}):\n    {body}\n", scope)
     implementation: Any = scope[part]
@@ -40,7 +40,7 @@ def _in_python(part: str, tag: Any, *args: Any) -> Any:
     entry = policy_of(type(tag))
     function = entry.functions.get(part)
     if function is None:
-        return None
+        return OTHERWISE[part]
     return function(*args[: len(LEADING[part]) + entry.n_state])
 
 
@@ -77,6 +77,27 @@ def unpin(
     s0: Any, s1: Any, s2: Any, s3: Any, s4: Any, s5: Any, s6: Any, s7: Any,
 ) -> Any:  # fmt: skip
     return _in_python("unpin", tag, key, s0, s1, s2, s3, s4, s5, s6, s7)
+
+
+def begin(
+    tag: Any, request: Any, now: Any,
+    s0: Any, s1: Any, s2: Any, s3: Any, s4: Any, s5: Any, s6: Any, s7: Any,
+) -> Any:  # fmt: skip
+    return _in_python("begin", tag, request, now, s0, s1, s2, s3, s4, s5, s6, s7)
+
+
+def expire(
+    tag: Any, now: Any, pins: Any,
+    s0: Any, s1: Any, s2: Any, s3: Any, s4: Any, s5: Any, s6: Any, s7: Any,
+) -> Any:  # fmt: skip
+    return _in_python("expire", tag, now, pins, s0, s1, s2, s3, s4, s5, s6, s7)
+
+
+def admit(
+    tag: Any, key: Any, now: Any, pins: Any,
+    s0: Any, s1: Any, s2: Any, s3: Any, s4: Any, s5: Any, s6: Any, s7: Any,
+) -> Any:  # fmt: skip
+    return _in_python("admit", tag, key, now, pins, s0, s1, s2, s3, s4, s5, s6, s7)
 
 
 @overload(insert)
@@ -117,3 +138,27 @@ def _unpin(
     s0: Any, s1: Any, s2: Any, s3: Any, s4: Any, s5: Any, s6: Any, s7: Any,
 ) -> Any:  # fmt: skip
     return _implementation(tag, "unpin")
+
+
+@overload(begin)
+def _begin(
+    tag: Any, request: Any, now: Any,
+    s0: Any, s1: Any, s2: Any, s3: Any, s4: Any, s5: Any, s6: Any, s7: Any,
+) -> Any:  # fmt: skip
+    return _implementation(tag, "begin")
+
+
+@overload(expire)
+def _expire(
+    tag: Any, now: Any, pins: Any,
+    s0: Any, s1: Any, s2: Any, s3: Any, s4: Any, s5: Any, s6: Any, s7: Any,
+) -> Any:  # fmt: skip
+    return _implementation(tag, "expire")
+
+
+@overload(admit)
+def _admit(
+    tag: Any, key: Any, now: Any, pins: Any,
+    s0: Any, s1: Any, s2: Any, s3: Any, s4: Any, s5: Any, s6: Any, s7: Any,
+) -> Any:  # fmt: skip
+    return _implementation(tag, "admit")

@@ -5,8 +5,9 @@ all. Imports have each finish right after its admission, so one driver serves bo
 
 *Taking* blocks, of a prompt or of an output, in this order:
 1. the resident ones are used and pinned, so that no block of the request evicts another one;
-2. of the missing ones, in chain order, as many get a place as the pinned blocks leave room for: the rest,
-   at the tail, is bypassed, and the request counts as an overflow;
+2. of the missing ones, in chain order, those that are admitted (`second-touch`, the policy's `admit`) get a
+   place as far as the pinned blocks leave room: the rest, at the tail, is bypassed, and the request counts as
+   an overflow;
 3. those are placed, each after evicting a victim where the cache is full, and pinned.
 Within steps 1 and 3 the tail comes before the head, so that the head is the younger one whatever the
 policy orders by.
@@ -21,11 +22,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvtrace_replay.cache.hooks import evict, hit, insert, pin, unpin
+from kvtrace_replay.cache.hooks import admit, begin, evict, expire, hit, insert, pin, unpin
 from kvtrace_replay.cache.totals import (
     BAD_VICTIM,
     BLOCK_HITS,
+    BYPASSED,
     EVICTIONS,
+    EXPIRED,
     PIN_OVERFLOWS,
     PINNED,
     RESIDENT,
@@ -45,10 +48,10 @@ NOT_HELD, FOUND, PLACED = 0, 1, 2
 
 @njit(cache=False)
 def take(
-    tag: Any, refs: I32, start: int, stop: int, capacity: int, pins: I32, held: U8, totals: I64,
+    tag: Any, refs: I32, start: int, stop: int, capacity: int, uses: int, seen: U8, pins: I32, held: U8, totals: I64,
     s0: Any, s1: Any, s2: Any, s3: Any, s4: Any, s5: Any, s6: Any, s7: Any,
 ) -> bool:  # fmt: skip
-    """Steps 1 to 3 for `refs[start:stop]`; returns True when a block was bypassed."""
+    """Steps 1 to 3 for `refs[start:stop]`; returns True when a block was bypassed for want of room."""
     missing = 0
     for p in range(stop - 1, start - 1, -1):
         key = np.intp(np.uint32(refs[p]))
@@ -73,8 +76,15 @@ def take(
         if held[p] == FOUND:
             continue
         if pins[key] == ABSENT:
+            if uses > 1 and seen[key] < uses - 1:
+                seen[key] += 1
+                totals[BYPASSED] += 1
+                continue
             if room == 0:
                 bypassed = True
+                continue
+            if not admit(tag, key, p, pins, s0, s1, s2, s3, s4, s5, s6, s7):
+                totals[BYPASSED] += 1
                 continue
             room -= 1
             pins[key] = CHOSEN
@@ -110,11 +120,16 @@ def prefix_driver(
     tag: Any,
     refs: I32,
     indptr: I64,
-    block_tokens: I32,
+    last_tokens: I32,
+    block_size: int,
     prompt_blocks: I32,
     hit_cap: I32,
     events: I64,
+    first: int,
+    last: int,
     capacity: int,
+    uses: int,
+    seen: U8,
     pins: I32,
     held: U8,
     overflowed: U8,
@@ -122,33 +137,49 @@ def prefix_driver(
     totals: I64,
     s0: Any, s1: Any, s2: Any, s3: Any, s4: Any, s5: Any, s6: Any, s7: Any,
 ) -> None:  # fmt: skip
-    """Replays `events` (int64[m]; r + 1 admits request r, -(r + 1) finishes it) into `capacity` blocks.
+    """Replays `events[first:last]` (int64[m]; r + 1 admits request r, -(r + 1) finishes it) into `capacity` blocks,
+    going on from where the call before left them.
 
     Modified in place: `pins` int32[n_identities], all ABSENT at first, else the number of holds of a
-    resident block; `held` uint8[n_refs] and `overflowed` uint8[n_requests], all 0 at first;
-    `request_hits` int64[n_requests]; `totals`; the policy's state.
+    resident block; `seen` uint8[n_identities], how often a missing block was asked for, or empty with `uses`
+    1; `held` uint8[n_refs] and `overflowed` uint8[n_requests], all 0 at first; `request_hits`
+    int64[n_requests]; `totals`, to which is added; the policy's state.
     """
-    for e in range(events.size):
+    for e in range(first, last):
         admission = events[e] > 0
         r = abs(events[e]) - 1
         start = indptr[r]
         stop = indptr[r + 1]
         middle = start + prompt_blocks[r]
         if admission:
-            last = min(middle, start + hit_cap[r])
+            begin(tag, r, start, s0, s1, s2, s3, s4, s5, s6, s7)
+            dropped = expire(tag, start, pins, s0, s1, s2, s3, s4, s5, s6, s7)
+            while dropped >= 0:
+                if dropped >= pins.size or pins[dropped] != 0:
+                    totals[BAD_VICTIM] = 1
+                    return
+                pins[dropped] = ABSENT
+                totals[RESIDENT] -= 1
+                totals[EXPIRED] += 1
+                dropped = expire(tag, start, pins, s0, s1, s2, s3, s4, s5, s6, s7)
+            limit = min(middle, start + hit_cap[r])
             p = start
-            tokens = 0
-            while p < last and pins[refs[p]] >= 0:
-                tokens += block_tokens[p]
+            while p < limit and pins[refs[p]] >= 0:
                 p += 1
             request_hits[r] = p - start
             totals[BLOCK_HITS] += p - start
-            totals[TOKEN_HITS] += tokens
+            totals[TOKEN_HITS] += (p - start) * block_size
+            if p > start and p == stop:
+                totals[TOKEN_HITS] -= block_size - last_tokens[r]
             stop = middle
         else:
             start = middle
-        if start < stop and take(tag, refs, start, stop, capacity, pins, held, totals, s0, s1, s2, s3, s4, s5, s6, s7):
-            overflowed[r] = 1
+        if start < stop and take(
+            tag, refs, start, stop, capacity, uses, seen, pins, held, totals, s0, s1, s2, s3, s4, s5, s6, s7
+        ):
+            if overflowed[r] == 0:
+                overflowed[r] = 1
+                totals[PIN_OVERFLOWS] += 1
             if totals[BAD_VICTIM]:
                 return
         if not admission:
@@ -160,4 +191,3 @@ def prefix_driver(
                 if pins[key] == 0:
                     totals[PINNED] -= 1
                     unpin(tag, key, s0, s1, s2, s3, s4, s5, s6, s7)
-    totals[PIN_OVERFLOWS] = np.sum(overflowed)

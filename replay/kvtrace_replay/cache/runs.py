@@ -17,17 +17,29 @@ from numba.core.errors import NumbaError
 
 from kvtrace_replay.cache import object_driver as by_object
 from kvtrace_replay.cache import prefix_driver as by_prefix
-from kvtrace_replay.cache.totals import BAD_VICTIM, BLOCK_HITS, EVICTIONS, N_TOTALS, PIN_OVERFLOWS, TOKEN_HITS
+from kvtrace_replay.cache.totals import (
+    BAD_VICTIM,
+    BLOCK_HITS,
+    BYPASSED,
+    EVICTIONS,
+    EXPIRED,
+    N_TOTALS,
+    PIN_OVERFLOWS,
+    PINNED,
+    RESIDENT,
+    TOKEN_HITS,
+)
 from kvtrace_replay.capacity import distinct_blocks, parse_capacity
-from kvtrace_replay.policies.registry import MAX_STATE, Policy, Stream, find_policy
+from kvtrace_replay.policies.registry import MAX_STATE, SEMANTICS, Policy, find_policy
+from kvtrace_replay.policies.stream import Stream
 from kvtrace_replay.workload.model import Workload
 from kvtrace_traces.compile import njit, warm
 from kvtrace_traces.errors import KvtraceError, UsageError
 
-SEMANTICS = ("object", "prefix")
 # Below this, starting threads and keeping several states in memory gains nothing.
 _PARALLEL_FROM_REFS = 1_000_000
 _UNUSED = np.zeros(0, np.int32)
+_NEVER_SEEN = np.zeros(0, np.uint8)
 
 Row = dict[str, Any]
 
@@ -37,12 +49,21 @@ class _Run:
     """A stream with what its rows say about it."""
 
     stream: Stream
-    block_tokens: npt.NDArray[np.int32]
+    last_tokens: npt.NDArray[np.int32]
     hit_cap: npt.NDArray[np.int32]
     block_size: int
+    warmup_steps: int  # so many requests (object) or events (prefix) are replayed before counting starts
+    requests: int  # counted ones, and what they look up
     block_lookups: int
     token_lookups: int
-    largest_request: int  # distinct blocks that one request holds at once; 0 in object semantics
+    longest_chain: int  # the most blocks of one request; 0 in object semantics, where it holds none
+
+    def largest_request(self) -> int:
+        """The most distinct blocks that one request holds at once."""
+        stream = self.stream
+        return int(
+            stream.share("largest_request", lambda: _largest_request(stream.refs, stream.indptr, stream.n_identities))
+        )
 
 
 def replay(
@@ -51,6 +72,7 @@ def replay(
     capacity: int | float | str | Sequence[int | float | str] = math.inf,
     semantics: str | Sequence[str] = "prefix",
     *,
+    warmup: float = 0.0,
     threads: int | None = None,
 ) -> list[Row]:
     """Replays `workload` with every policy, semantics and capacity given.
@@ -59,27 +81,36 @@ def replay(
         workload: the requests of one engine.
         policy: name or names, see `kvtrace_replay.policies`.
         capacity: usable blocks, `math.inf`, or any form of `parse_capacity`; one or several.
-        semantics: "object", "prefix" or both (DESIGN, "Words").
+        semantics: "object", "prefix" or "radix", or several.
+        warmup: this share of the requests, from the first admitted on, fills the cache and is not counted.
         threads: runs at a time; default: one per core for large workloads, else one.
 
     Returns one dict per run, by policy, then semantics, then capacity, with the keys `policy capacity_blocks
     block_size semantics requests block_lookups block_hits block_hit_ratio token_lookups token_hits
-    token_hit_ratio evictions seconds pin_overflow_requests why`. `capacity_blocks` None is infinite.
-    `seconds` is the driver alone, without preparing the policy's state. A ratio of no lookups is None.
+    token_hit_ratio evictions seconds pin_overflow_requests expired_blocks bypassed_blocks warmup why`.
+    `capacity_blocks` None is infinite. `seconds` is the driver alone, warm-up included, without preparing
+    the policy's state. A ratio of no lookups is None.
     Where the capacity cannot hold the largest single request, the results are None and `why` says so.
     `pin_overflow_requests` counts requests of which a block found no place because all others were
     pinned.
 
+    `expired_blocks` were dropped for their age (`ttl`), `bypassed_blocks` not admitted (`second-touch`, ...).
+
     Raises UsageError for an unknown policy or semantics or a bad capacity, KvtraceError for an invalid
     workload or a policy that does not compile.
     """
+    if not 0 <= warmup < 1:
+        raise UsageError(f"warm-up {warmup} must be a share of the requests, 0 or more and below 1")
     entries = [find_policy(name) for name in _listed(policy, "policy")]
     kinds = [_check_semantics(name) for name in _listed(semantics, "semantics")]
     wanted = _listed(capacity, "capacity")
     workload.validate()
     sizes = {kind: [parse_capacity(size, workload, kind) for size in wanted] for kind in kinds}
-    runs = {kind: _prepare(workload, kind) for kind in kinds}
-    cells = [(entry, runs[kind], size) for entry in entries for kind in kinds for size in sizes[kind]]
+    for entry in entries:
+        for kind in kinds:
+            entry.within(kind)
+    runs = {kind: _prepare(workload, kind, warmup) for kind in kinds}
+    cells = [(entry, runs[kind], size, warmup) for entry in entries for kind in kinds for size in sizes[kind]]
     if threads is None:
         large = workload.n_refs * len(cells) > _PARALLEL_FROM_REFS
         threads = _cores() if large else 1
@@ -103,7 +134,7 @@ def replay_requests(
     entry, kind = find_policy(policy), _check_semantics(semantics)
     workload.validate()
     size = parse_capacity(capacity, workload, kind)
-    run = _prepare(workload, kind)
+    run = _prepare(workload, kind, 0.0)
     why = _too_small(run, size)
     if why is not None:
         raise KvtraceError(why)
@@ -128,9 +159,7 @@ def _listed(value: Any, what: str) -> list[Any]:
 def _check_semantics(name: str) -> str:
     if name in SEMANTICS:
         return name
-    if name == "radix":
-        raise UsageError("semantics 'radix' is not available yet; semantics are object, prefix")
-    raise UsageError(f"no semantics is called {name!r}; semantics are object, prefix")
+    raise UsageError(f"no semantics is called {name!r}; semantics are {', '.join(SEMANTICS)}")
 
 
 def _read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -140,7 +169,7 @@ def _read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return view
 
 
-def _prepare(workload: Workload, semantics: str) -> _Run:
+def _prepare(workload: Workload, semantics: str, warmup: float) -> _Run:
     by_content = semantics == "object" and workload.raw is not None
     refs = workload.raw if by_content and workload.raw is not None else workload.identities
     n = workload.n_requests
@@ -152,6 +181,11 @@ def _prepare(workload: Workload, semantics: str) -> _Run:
         events = np.empty(2 * n, np.int64)
         events[0::2] = np.arange(1, n + 1)
         events[1::2] = -events[0::2]
+    known: dict[str, Any] = {
+        name: _read_only(array)
+        for name in ("arrival_ns", "priority", "request_class")
+        if (array := getattr(workload, name)) is not None
+    }
     stream = Stream(
         refs=_read_only(refs),
         indptr=_read_only(workload.indptr),
@@ -159,16 +193,31 @@ def _prepare(workload: Workload, semantics: str) -> _Run:
         events=_read_only(events),
         n_identities=distinct_blocks(workload, semantics),
         semantics=semantics,
+        block_size=workload.block_size,
+        timed=workload.arrival_ns is not None,
+        **known,
     )
     whole = semantics == "object"
+    skipped = int(warmup * n)
+    if whole:
+        counted, steps = np.arange(skipped, n), skipped
+    else:
+        admissions = np.flatnonzero(events > 0)
+        counted = events[admissions[skipped:]] - 1
+        steps = int(admissions[skipped]) if skipped else 0
+    lookups = np.diff(workload.indptr) if whole else workload.prompt_blocks
     return _Run(
         stream=stream,
-        block_tokens=_read_only(workload.block_tokens),
+        last_tokens=_read_only(workload.last_tokens),
         hit_cap=_read_only(workload.hit_cap),
         block_size=workload.block_size,
-        block_lookups=int(refs.size if whole else workload.prompt_blocks.sum(dtype=np.int64)),
-        token_lookups=int((workload.block_tokens if whole else workload.prompt_tokens).sum(dtype=np.int64)),
-        largest_request=0 if whole else int(_largest_request(stream.refs, stream.indptr, stream.n_identities)),
+        warmup_steps=steps,
+        requests=counted.size,
+        block_lookups=int(lookups[counted].sum(dtype=np.int64)),
+        token_lookups=int(
+            workload.token_counts()[counted].sum() if whole else workload.prompt_tokens[counted].sum(dtype=np.int64)
+        ),
+        longest_chain=0 if whole or not n else int(np.diff(workload.indptr).max()),
     )
 
 
@@ -188,11 +237,11 @@ def _largest_request(refs: npt.NDArray[np.int32], indptr: npt.NDArray[np.int64],
 
 
 def _too_small(run: _Run, capacity: int | float) -> str | None:
-    if capacity >= run.largest_request:
+    if capacity >= run.longest_chain or capacity >= run.largest_request():
         return None
     return (
         f"a capacity of {capacity} blocks cannot hold the largest single request, which needs "
-        f"{run.largest_request} blocks"
+        f"{run.largest_request()} blocks"
     )
 
 
@@ -201,54 +250,60 @@ def _drive(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], float]:
     """One run: (hits of each request int64[n_requests], totals, seconds in the driver)."""
     stream = run.stream
+    entry = entry.within(stream.semantics)
     # More room than there are blocks changes nothing; state sized by the capacity then stays small.
     blocks = int(min(capacity, max(1, stream.n_identities)))
-    state = entry.setup(stream, blocks)
-    if len(state) != entry.n_state:
-        raise KvtraceError(
-            f"policy {entry.name!r}: setup returns {len(state)} arrays, its functions take {entry.n_state}"
-        )
+    state = entry.state(stream, blocks)
     padded = (*state, *(_UNUSED,) * (MAX_STATE - len(state)))
     n_requests = stream.prompt_blocks.size
     request_hits = np.zeros(n_requests, np.int64)
     totals = np.zeros(N_TOTALS, np.int64)
+    seen = np.zeros(stream.n_identities, np.uint8) if entry.uses > 1 else _NEVER_SEEN
     driver: Any
-    args: tuple[Any, ...]
+    before: tuple[Any, ...]
+    after: tuple[Any, ...]
     if stream.semantics == "object":
-        driver = by_object.object_driver
+        driver, steps = by_object.object_driver, n_requests
         pins: npt.NDArray[Any] = np.full(stream.n_identities, by_object.ABSENT, np.int8)
-        args = (entry.tag, stream.refs, stream.indptr, run.block_tokens, blocks, pins, request_hits, totals)
+        before = (entry.tag, stream.refs, stream.indptr, run.last_tokens, run.block_size)
+        after = (blocks, entry.uses, seen, pins, request_hits, totals)
     else:
-        driver = by_prefix.prefix_driver
+        driver, steps = by_prefix.prefix_driver, stream.events.size
         pins = np.full(stream.n_identities, by_prefix.ABSENT, np.int32)
         held = np.zeros(stream.refs.size, np.uint8)
         overflowed = np.zeros(n_requests, np.uint8)
-        args = (
-            entry.tag, stream.refs, stream.indptr, run.block_tokens, stream.prompt_blocks, run.hit_cap,
-            stream.events, blocks, pins, held, overflowed, request_hits, totals,
+        before = (
+            entry.tag, stream.refs, stream.indptr, run.last_tokens, run.block_size, stream.prompt_blocks, run.hit_cap,
+            stream.events,
         )  # fmt: skip
-    args += padded
+        after = (blocks, entry.uses, seen, pins, held, overflowed, request_hits, totals)
     try:
-        warm(driver, args)
+        warm(driver, (*before, 0, steps, *after, *padded))
     except NumbaError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         first_line = next((line for line in lines[1:] if "Error" in line or ": " in line), lines[0])
         raise KvtraceError(f"policy {entry.name!r} does not compile: {first_line}") from error
     begin = time.perf_counter()
-    driver(*args)
+    if run.warmup_steps:
+        driver(*before, 0, run.warmup_steps, *after, *padded)
+        kept = totals[[RESIDENT, PINNED, BAD_VICTIM]]
+        totals[:] = 0
+        totals[[RESIDENT, PINNED, BAD_VICTIM]] = kept
+    if not totals[BAD_VICTIM]:
+        driver(*before, run.warmup_steps, steps, *after, *padded)
     seconds = time.perf_counter() - begin
     if totals[BAD_VICTIM]:
         raise KvtraceError(f"policy {entry.name!r} is wrong: its evict returned a block that may not be evicted")
     return request_hits, totals, seconds
 
 
-def _row(entry: Policy, run: _Run, capacity: int | float) -> Row:
+def _row(entry: Policy, run: _Run, capacity: int | float, warmup: float) -> Row:
     row: Row = {
-        "policy": entry.name,
+        "policy": entry.called,
         "capacity_blocks": None if math.isinf(capacity) else int(capacity),
         "block_size": run.block_size,
         "semantics": run.stream.semantics,
-        "requests": int(run.stream.prompt_blocks.size),
+        "requests": run.requests,
         "block_lookups": run.block_lookups,
         "block_hits": None,
         "block_hit_ratio": None,
@@ -258,6 +313,9 @@ def _row(entry: Policy, run: _Run, capacity: int | float) -> Row:
         "evictions": None,
         "seconds": None,
         "pin_overflow_requests": None,
+        "expired_blocks": None,
+        "bypassed_blocks": None,
+        "warmup": warmup,
         "why": _too_small(run, capacity),
     }
     if row["why"] is not None:
@@ -268,6 +326,8 @@ def _row(entry: Policy, run: _Run, capacity: int | float) -> Row:
     row["evictions"] = int(totals[EVICTIONS])
     row["seconds"] = seconds
     row["pin_overflow_requests"] = int(totals[PIN_OVERFLOWS])
+    row["expired_blocks"] = int(totals[EXPIRED])
+    row["bypassed_blocks"] = int(totals[BYPASSED])
     for kind in ("block", "token"):
         if row[f"{kind}_lookups"] > 0:
             row[f"{kind}_hit_ratio"] = row[f"{kind}_hits"] / row[f"{kind}_lookups"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from kvtrace_replay.policies.registry import Policy, Stream, find_policy, load_policy_file, policies, policy
+from kvtrace_replay.policies.registry import Policy, find_policy, load_policy_file, policies, policy
+from kvtrace_replay.policies.stream import Stream
 
 __all__ = ["Policy", "Stream", "find_policy", "load_policy_file", "policies", "policy"]

@@ -18,7 +18,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from kvtrace_replay.policies.registry import Stream, policy
+from kvtrace_replay.policies.registry import policy
+from kvtrace_replay.policies.stream import Stream
 from kvtrace_replay.structures.heap import Heap, heap_pop, heap_push
 
 I32 = npt.NDArray[np.int32]

@@ -22,7 +22,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from kvtrace_replay.policies.registry import Stream, policy
+from kvtrace_replay.policies.registry import policy
+from kvtrace_replay.policies.stream import Stream
 from kvtrace_replay.structures.bitset import Starts, Words, clear_bit, highest_bit, new_bitset, set_bit
 from kvtrace_traces.compile import njit
 from kvtrace_traces.errors import KvtraceError

@@ -4,14 +4,22 @@ A policy is a class that groups a few plain functions (no instance is ever made)
 
     @policy("lru", summary="evicts the block used longest ago", paper="...")
     class Lru:
-        def setup(stream, capacity): ...             # Python: returns the state, a tuple of at most 8 arrays
+        def setup(stream, capacity, small=0.1): ...  # Python: returns the state, a tuple of at most 8 arrays
         def insert(key, now, *state): ...            # compiled: `key` was placed in the cache
         def hit(key, pinned, now, *state): ...       # compiled: a resident `key` was used
         def evict(key, now, pins, *state): ...       # compiled: choose, forget and return a victim
-        def pin(key, *state): ...                    # compiled, optional: `key` may not be evicted from
-        now on def unpin(key, *state): ...                  # compiled, optional: it may again
 
-where `*state` stands for the arrays of `setup` under names of the policy's own. The driver promises:
+and, where it wants them, of these, compiled too:
+
+        def pin(key, *state): ...                    # `key` may not be evicted from now on
+        def unpin(key, *state): ...                  # it may again
+        def begin(request, now, *state): ...         # `request` is about to be looked up
+        def expire(now, pins, *state): ...           # a block to drop for its age, or -1
+        def admit(key, now, pins, *state): ...       # False: the missing `key` gets no place
+
+where `*state` stands for the arrays of `setup` under names of the policy's own. Keyword arguments of `setup`
+are the policy's parameters, their defaults stand there and nowhere else, and `--policy lru:small=0.2` sets
+them; `setup` raises UsageError for a value that cannot be. The driver promises:
 
 - `evict` is called only when the cache is full and some block is not pinned, right before the `insert` of its
   `key` (which a policy with ghost entries may look at). It must return a resident block with `pins[block]
@@ -24,6 +32,10 @@ where `*state` stands for the arrays of `setup` under names of the policy's own.
   whether it was. `unpin` follows when the last request that holds the block ends, the tail before the
   head: this is the moment that defines recency, as in vLLM, which frees a request's blocks in reverse
   (`KVCacheManager.free`, 0.32.0).
+- `begin` comes once a request, before its lookup (in a closed loop never: `@policy(..., open_loop=True)` says
+  that a policy cannot do without it). `expire` follows until it returns -1; what it returns must be resident
+  with `pins[block] == 0`, and must have been forgotten. `admit` is asked for each missing block, in chain
+  order, before any place is made; `pins[block] < 0` means not resident.
 
 The functions are compiled into the driver by the type of a tag (an empty-handed NamedTuple class per
 policy), so a policy costs no call, and the compiled driver is found on disk by later processes.
@@ -36,20 +48,22 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import math
 import pkgutil
+import re
 import sys
 import threading
 import uuid
 from collections import namedtuple
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import numpy.typing as npt
 
-from kvtrace_traces.errors import UsageError
+from kvtrace_replay.policies.stream import Stream
+from kvtrace_traces.errors import KvtraceError, UsageError
 
 MAX_STATE = 8
 LEADING = {
@@ -58,56 +72,83 @@ LEADING = {
     "evict": ("key", "now", "pins"),
     "pin": ("key",),
     "unpin": ("key",),
+    "begin": ("request", "now"),
+    "expire": ("now", "pins"),
+    "admit": ("key", "now", "pins"),
 }
-_OPTIONAL = ("pin", "unpin")
+# What a driver gets from a function that the policy does not have.
+OTHERWISE = {"pin": None, "unpin": None, "begin": None, "expire": -1, "admit": True}
+SEMANTICS = ("object", "prefix", "radix")
+SECOND_TOUCH = "second-touch"
+_FILE = re.compile(r"(?P<file>[^+]*\.py)(?::(?P<policy>[A-Za-z_][\w-]*)(?!\w*=))?")
 T = TypeVar("T", bound=type)
 
 
-@dataclass(eq=False)
-class Stream:
-    """What `setup` may know: the whole stream of references, under one semantics.
+@dataclass(frozen=True, eq=False)
+class Policy:
+    """A policy, its parameters bound.
 
     Attributes:
-        refs: int32[n_refs] block ids, dense from 0, in file order.
-        indptr: int64[n_requests + 1]; request r's references are `refs[indptr[r]:indptr[r + 1]]`.
-        prompt_blocks: int32[n_requests]; the first entries, looked up at admission; the rest come at finish.
-        events: int64[m]; r + 1 is the admission of request r, -(r + 1) its finish, in the order they are
-            replayed. Empty in `object` semantics.
-        n_identities: number of distinct block ids.
-        semantics: "object" or "prefix".
+        name, summary, paper, doc: what it is called, its rule in one line, where it comes from, its longer text.
+        setup, functions, n_state, tag: its functions, how many arrays they take, the type that stands for it.
+        needs_future: it looks at references still to come, which only an open loop knows.
+        open_loop: it needs `begin`, which only an open loop calls.
+        semantics: those in which the rule makes sense.
+        stand_in: by semantics, the policy that is run in its place: the same rule in other words.
+        defaults: its parameters.
+        given: the parameters that were set.
+        class_name: of the class that was decorated.
+        uses: blocks are placed at their `uses`-th use only (`second-touch`); 1 places always.
     """
-
-    refs: npt.NDArray[np.int32]
-    indptr: npt.NDArray[np.int64]
-    prompt_blocks: npt.NDArray[np.int32]
-    events: npt.NDArray[np.int64]
-    n_identities: int
-    semantics: str
-    _shared: dict[str, Any] = field(default_factory=dict, repr=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-
-    def share(self, name: str, make: Callable[[], Any]) -> Any:
-        """`make()`, made once per stream: for read-only state that runs at several capacities have in
-        common."""
-        with self._lock:
-            if name not in self._shared:
-                self._shared[name] = make()
-            return self._shared[name]
-
-
-@dataclass(frozen=True)
-class Policy:
-    """A registered policy: its name, one line about it, its paper, its longer text and its functions."""
 
     name: str
     summary: str
     paper: str
     doc: str
-    setup: Callable[[Stream, int], tuple[npt.NDArray[Any], ...]]
+    setup: Callable[..., tuple[npt.NDArray[Any], ...]]
     functions: dict[str, Callable[..., Any]]
     n_state: int
     tag: Any
     needs_future: bool = False
+    open_loop: bool = False
+    semantics: tuple[str, ...] = ("object", "prefix")
+    stand_in: dict[str, str] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
+    given: dict[str, Any] = field(default_factory=dict)
+    class_name: str = ""
+    uses: int = 1
+
+    @property
+    def called(self) -> str:
+        """As `--policy` takes it: the name with the parameters that were set."""
+        own = self.name + _spelled(self.given)
+        return (
+            own if self.uses == 1 else f"{own}+{SECOND_TOUCH}" + _spelled({"uses": self.uses} if self.uses > 2 else {})
+        )
+
+    def state(self, stream: Stream, capacity: int) -> tuple[npt.NDArray[Any], ...]:
+        """The arrays for one run. Raises UsageError for a parameter that cannot be, KvtraceError when `setup` returns
+        another number of arrays than the functions take."""
+        state = self.setup(stream, capacity, **self.given)
+        if len(state) != self.n_state:
+            raise KvtraceError(
+                f"policy {self.name!r}: setup returns {len(state)} arrays, its functions take {self.n_state}"
+            )
+        return state
+
+    def within(self, semantics: str) -> Policy:
+        """The policy to run under `semantics`. Raises UsageError, naming what can be, where the rule makes no sense."""
+        if semantics in self.semantics:
+            return self
+        if semantics in self.stand_in:
+            return replace(find_policy(self.stand_in[semantics]), uses=self.uses)
+        raise UsageError(
+            f"policy {self.name!r} has no meaning in {semantics} semantics; it runs in {', '.join(self.semantics)}"
+        )
+
+
+def _spelled(parameters: dict[str, Any]) -> str:
+    return (":" + ",".join(f"{key}={value}" for key, value in parameters.items())) if parameters else ""
 
 
 _policies: dict[str, Policy] = {}
@@ -116,14 +157,23 @@ _load_lock = threading.Lock()
 _loaded = False
 
 
-def policy(name: str, *, summary: str, paper: str, needs_future: bool = False) -> Callable[[T], T]:
+def policy(
+    name: str,
+    *,
+    summary: str,
+    paper: str,
+    needs_future: bool = False,
+    open_loop: bool = False,
+    semantics: tuple[str, ...] = ("object", "prefix"),
+    stand_in: dict[str, str] | None = None,
+) -> Callable[[T], T]:
     """Registers the class below it as policy `name`.
 
     Args:
         name: lower case, as given to `--policy`.
         summary: one line for tables and help.
         paper: where the rule comes from.
-        needs_future: it looks at references still to come, which only an open loop knows.
+        needs_future, open_loop, semantics, stand_in: see `Policy`.
 
     Raises UsageError when the class does not have the functions that the module's docstring lists.
     """
@@ -146,6 +196,11 @@ def policy(name: str, *, summary: str, paper: str, needs_future: bool = False) -
             n_state=n_state,
             tag=tag_type(0),
             needs_future=needs_future,
+            open_loop=open_loop,
+            semantics=semantics,
+            stand_in=dict(stand_in or {}),
+            defaults=_defaults(name, setup),
+            class_name=cls.__name__,
         )
         _policies[name] = entry
         _by_tag[tag_type] = entry
@@ -154,11 +209,19 @@ def policy(name: str, *, summary: str, paper: str, needs_future: bool = False) -
     return register
 
 
+def _defaults(name: str, setup: Callable[..., Any]) -> dict[str, Any]:
+    parameters = list(inspect.signature(setup).parameters.values())
+    for parameter in parameters[2:]:
+        if not isinstance(parameter.default, (int, float, str)):
+            raise UsageError(f"policy {name!r}: the parameter {parameter.name!r} of setup needs a default")
+    return {parameter.name: parameter.default for parameter in parameters[2:]}
+
+
 def _check_functions(name: str, functions: dict[str, Callable[..., Any]]) -> int:
     counts = set()
     for part, leading in LEADING.items():
         if part not in functions:
-            if part in _OPTIONAL:
+            if part in OTHERWISE:
                 continue
             raise UsageError(f"policy {name!r} lacks the function {part!r}")
         arguments = tuple(inspect.signature(functions[part]).parameters)
@@ -206,14 +269,70 @@ def policies() -> list[Policy]:
 
 
 def find_policy(name: str) -> Policy:
-    """The policy called `name` (any case). Raises UsageError, with the nearest names, when there is none."""
+    """The policy written as `name`: `lru`, `s3fifo:small=0.2,ghost=1`, `lru+second-touch`, in any case, or
+    `./mine.py:MyPolicy`, a class (or the name of a policy) of a file that is loaded for it.
+
+    Raises UsageError, with the nearest names, when there is none, and for a parameter that it does not have.
+    """
+    text, plus, admission = _from_file(str(name).strip()).lower().partition("+")
+    if not plus and text.split(":")[0] == SECOND_TOUCH:
+        text, admission = "lru", text
+    found = _with_parameters(text)
+    if not plus and not admission:
+        return found
+    what, _, parameters = admission.partition(":")
+    if what != SECOND_TOUCH:
+        raise UsageError(f"no admission is called {what!r}; write POLICY+{SECOND_TOUCH}, or POLICY alone")
+    uses = _parsed(SECOND_TOUCH, parameters, {"uses": 2}).get("uses", 2)
+    if not 1 <= uses <= 255:
+        raise UsageError(f"{SECOND_TOUCH}: uses={uses} must lie between 1 and 255")
+    return replace(found, uses=uses)
+
+
+def _from_file(text: str) -> str:
+    """`text` with a leading FILE.py:CLASS replaced by the name of the policy that it holds."""
+    match = _FILE.match(text)
+    if match is None:
+        return text
+    names = load_policy_file(match["file"])
+    wanted = match["policy"]
+    if wanted is None and len(names) == 1:
+        return names[0] + text[match.end() :]
+    for name in names:
+        if wanted in (name, _policies[name].class_name):
+            return name + text[match.end() :]
+    raise UsageError(f"write {match['file']}:NAME, where NAME is one of {', '.join(names)}")
+
+
+def _with_parameters(text: str) -> Policy:
     _load_all()
-    key = str(name).strip().lower()
-    if key in _policies:
-        return _policies[key]
-    near = difflib.get_close_matches(key, _policies, n=2, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(_policies))}"
-    raise UsageError(f"no policy is called {str(name)!r}; {hint}")
+    key, _, parameters = text.partition(":")
+    if key not in _policies:
+        names = [*_policies, SECOND_TOUCH]
+        near = difflib.get_close_matches(key, names, n=2, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(names))}"
+        raise UsageError(f"no policy is called {key!r}; {hint}")
+    found = _policies[key]
+    given = _parsed(key, parameters, found.defaults)
+    return replace(found, given=given) if given else found
+
+
+def _parsed(name: str, text: str, defaults: dict[str, Any]) -> dict[str, Any]:
+    """`a=1,b=2` as a dict, each value of the type of its default."""
+    given: dict[str, Any] = {}
+    for part in filter(None, text.split(",")):
+        key, equals, value = part.partition("=")
+        if key not in defaults:
+            known = f"its parameters are {', '.join(defaults)}" if defaults else "it has none"
+            raise UsageError(f"policy {name!r} has no parameter {key!r}; {known}")
+        kind = type(defaults[key])
+        try:
+            given[key] = kind(value)
+        except ValueError:
+            equals = ""
+        if not equals or (kind is float and not math.isfinite(given[key])):
+            raise UsageError(f"policy {name!r}: {part!r} must read {key}=NUMBER, as in {key}={defaults[key]}")
+    return given
 
 
 def load_policy_file(path: str | Path) -> list[str]:

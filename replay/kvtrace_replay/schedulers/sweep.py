@@ -202,7 +202,12 @@ def policy_called(name: str) -> str:
             f"--policy {found.name} looks at references still to come, and here they depend on what it does: "
             "`kvtrace replay` takes it"
         )
-    return found.name
+    if found.uses > 1 or found.open_loop or {"admit", "expire"} & set(found.functions):
+        raise UsageError(
+            f"--policy {found.called} leaves blocks out of the cache or drops them by the clock, which the engine's "
+            "pool cannot: `kvtrace replay` takes it"
+        )
+    return found.within("prefix").called
 
 
 def newer_than_known(version: str) -> bool:

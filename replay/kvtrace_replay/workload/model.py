@@ -11,6 +11,7 @@ from kvtrace_traces.errors import KvtraceError
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
+_OPTIONAL = ("schedule", "raw", "arrival_ns", "priority", "request_class")
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +28,8 @@ class Workload:
             block_size, vLLM's rule (`KVCacheManager.get_computed_blocks`, 0.32.0). Imports:
             prompt_blocks.
         prompt_tokens: int64[n_requests]; denominators of the token-weighted hit ratio.
-        block_tokens: int32[n_refs]; tokens in each entry, 1..block_size.
+        last_tokens: int32[n_requests]; tokens in the last entry of each chain, 1..block_size (block_size where
+            there is none); all other entries are full.
         schedule: int64[m] or None; r + 1 is the admission of r, -(r + 1) its finish, in log order. A request
             without a finish stays pinned. None: each request is admitted and finished at once, in order.
         raw: int32[n_refs] or None; dense content ids where the import's ids are content ids (one id may stand
@@ -36,6 +38,10 @@ class Workload:
         n_identities: number of distinct identities.
         source: "recorded" or "import".
         bytes_per_block: bytes of keys and values in a block, None when unknown.
+        arrival_ns: int64[n_requests]; when each request arrived, on the trace's clock; None when unknown.
+        priority: int32[n_requests]; lower first, as vLLM has it; None when unknown.
+        request_class: int32[n_requests]; dense ids of what the trace calls the request's (type, turn); None when
+            unknown.
     """
 
     identities: I32
@@ -43,13 +49,21 @@ class Workload:
     prompt_blocks: I32
     hit_cap: I32
     prompt_tokens: I64
-    block_tokens: I32
+    last_tokens: I32
     schedule: I64 | None
     raw: I32 | None
     block_size: int
     n_identities: int
     source: str
     bytes_per_block: int | None = None
+    arrival_ns: I64 | None = None
+    priority: I32 | None = None
+    request_class: I32 | None = None
+
+    def token_counts(self) -> I64:
+        """int64[n_requests]: tokens in all entries of each chain."""
+        lengths = np.diff(self.indptr)
+        return lengths * self.block_size - np.where(lengths > 0, self.block_size - self.last_tokens, 0)
 
     @property
     def n_requests(self) -> int:
@@ -74,13 +88,16 @@ class Workload:
             ("prompt_blocks", np.int32, None),
             ("hit_cap", np.int32, self.n_requests),
             ("prompt_tokens", np.int64, self.n_requests),
-            ("block_tokens", np.int32, self.n_refs),
+            ("last_tokens", np.int32, self.n_requests),
             ("schedule", np.int64, None),
             ("raw", np.int32, self.n_refs),
+            ("arrival_ns", np.int64, self.n_requests),
+            ("priority", np.int32, self.n_requests),
+            ("request_class", np.int32, self.n_requests),
         ]
         for name, dtype, size in sizes:
             array = getattr(self, name)
-            if array is None and name in ("schedule", "raw"):
+            if array is None and name in _OPTIONAL:
                 continue
             if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != 1:
                 _fail(f"{name} must be a one-dimensional {np.dtype(dtype).name} array")
@@ -111,8 +128,8 @@ class Workload:
             _fail(f"identities must lie in 0..{self.n_identities - 1}")
         if self.raw is not None and self.raw.min() < 0:
             _fail("raw must not be negative")
-        if self.block_tokens.min() < 1 or self.block_tokens.max() > self.block_size:
-            _fail(f"block_tokens must lie in 1..{self.block_size}")
+        if self.last_tokens.min() < 1 or self.last_tokens.max() > self.block_size:
+            _fail(f"last_tokens must lie in 1..{self.block_size}")
 
     def _check_schedule(self, schedule: I64) -> None:
         n = self.n_requests

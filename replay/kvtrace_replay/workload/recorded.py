@@ -70,11 +70,11 @@ def from_trace(trace: Any, block_size: int | None = None, engine_index: int | No
     entries = _entries(starts, available, indptr, stride)
     ids = np.ascontiguousarray(chains.identities, np.int32)
     identities, n_identities = _densify(ids[entries], int(ids.max()) + 1 if ids.size else 0)
-    block_tokens = np.full(entries.size, size, np.int32)
+    last_tokens = np.full(lengths.size, size, np.int32)
     if not recorded:
         some = lengths > 0
         last = prompt_tokens - (lengths - 1) * size
-        block_tokens[indptr[1:][some] - 1] = np.clip(last[some], 1, size)
+        last_tokens[some] = np.clip(last[some], 1, size)
 
     own_bytes = header.get("bytes_per_block")
     return Workload(
@@ -83,14 +83,39 @@ def from_trace(trace: Any, block_size: int | None = None, engine_index: int | No
         prompt_blocks=prompt_blocks.astype(np.int32),
         hit_cap=hit_cap.astype(np.int32),
         prompt_tokens=prompt_tokens,
-        block_tokens=block_tokens,
+        last_tokens=last_tokens,
         schedule=_schedule(trace, requests, engine_index) if recorded else None,
         raw=_raw(trace, header, engine_index, starts, available, indptr, stride),
         block_size=size,
         n_identities=n_identities,
         source="recorded" if recorded else "import",
         bytes_per_block=None if own_bytes is None else int(own_bytes) * size // own_size,
+        arrival_ns=_arrivals(requests),
+        priority=_column(requests, "priority", np.int32),
+        request_class=_classes(requests),
     )
+
+
+def _arrivals(requests: pl.DataFrame) -> I64 | None:
+    """When the requests arrived; None where the trace has no times (an import without them has all of them 0)."""
+    times = _column(requests, "arrival_ns", np.int64)
+    return times if times is not None and times.any() else None
+
+
+def _column(requests: pl.DataFrame, name: str, dtype: type[np.generic]) -> npt.NDArray[Any] | None:
+    if name not in requests.columns or requests[name].null_count():
+        return None
+    return np.ascontiguousarray(requests[name].to_numpy(), dtype)
+
+
+def _classes(requests: pl.DataFrame) -> I32 | None:
+    """int32[n]: dense numbers of the distinct (type, turn), in sorted order."""
+    names = [name for name in ("type", "turn") if name in requests.columns]
+    if all(requests[name].null_count() == requests.height for name in names):
+        return None
+    known = requests.select(names).unique().sort(names).with_row_index("class")
+    own = requests.select(names).join(known, on=names, how="left", nulls_equal=True, maintain_order="left")
+    return np.ascontiguousarray(own["class"].to_numpy(), np.int32)
 
 
 def _header(trace: Any, engine_index: int | None) -> dict[str, Any]:

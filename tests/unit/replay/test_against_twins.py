@@ -45,7 +45,7 @@ def random_workload(rng: random.Random) -> tuple[Workload, int]:
         hit_cap=[max(0, n - rng.choice([0, 0, 1, 3])) for n in prompts],
         schedule=random_schedule(rng, n_requests) if rng.random() < 0.6 else None,
         raw=raw if rng.random() < 0.3 else None,
-        block_tokens=[rng.randint(1, 16) for _ in contents],
+        last_tokens=[rng.randint(1, 16) for _ in chains],
     )
     return workload, max([1, *(len(set(chain)) for chain in chains)])
 

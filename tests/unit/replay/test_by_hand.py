@@ -15,7 +15,7 @@ from unit.replay.twins import make_workload
 KEYS = [
     "policy", "capacity_blocks", "block_size", "semantics", "requests", "block_lookups", "block_hits",
     "block_hit_ratio", "token_lookups", "token_hits", "token_hit_ratio", "evictions", "seconds",
-    "pin_overflow_requests", "why",
+    "pin_overflow_requests", "expired_blocks", "bypassed_blocks", "warmup", "why",
 ]  # fmt: skip
 
 
@@ -142,7 +142,7 @@ def test_content_ids_are_what_object_counts() -> None:
 
 
 def test_tokens_of_partial_blocks() -> None:
-    workload = make_workload([[0, 1], [0, 1]], block_tokens=[16, 3, 16, 3])
+    workload = make_workload([[0, 1], [0, 1]], last_tokens=[3, 3])
     assert one(workload, "lru", 2, "prefix")["token_hits"] == 19
     row = one(workload, "lru", 2, "object")
     assert (row["token_lookups"], row["token_hits"]) == (38, 19)
@@ -206,12 +206,11 @@ def test_read_only_arrays_are_fine() -> None:
     ("arguments", "message"),
     [
         (("lur", 5, "prefix"), "did you mean lru"),
-        (("zzz", 5, "prefix"), "known: fifo, lru, opt"),
+        (("zzz", 5, "prefix"), "known: "),
         (("lru", 0, "prefix"), "comes to 0 blocks"),
         (("lru", -1, "prefix"), "not a size"),
         (("lru", math.nan, "prefix"), "not a size"),
-        (("lru", 5, "radix"), "not available yet; semantics are object, prefix"),
-        (("lru", 5, "prefx"), "semantics are object, prefix"),
+        (("lru", 5, "prefx"), "semantics are object, prefix, radix"),
         (([], 5, "prefix"), "no policy given"),
         (("lru", [], "prefix"), "no capacity given"),
     ],
@@ -231,7 +230,7 @@ def test_wrong_usage(arguments: tuple[Any, ...], message: str) -> None:
         ({"indptr": np.array([0, 3], np.int64)}, "indptr has 2 entries, 3 are needed"),
         ({"prompt_blocks": np.array([3, 1], np.int32)}, "prompt_blocks must lie"),
         ({"hit_cap": np.array([-1, 1], np.int32)}, "hit_cap must not"),
-        ({"block_tokens": np.array([0, 1, 1], np.int32)}, "block_tokens must lie"),
+        ({"last_tokens": np.array([0, 1], np.int32)}, "last_tokens must lie"),
         ({"schedule": np.array([1, -1], np.int64)}, "admit every request exactly once"),
         ({"schedule": np.array([1, 2, 3], np.int64)}, "schedule entries must be"),
         ({"schedule": np.array([1, 0, 2], np.int64)}, "schedule entries must be"),

@@ -75,7 +75,7 @@ def test_recorded_blocks_are_full_ones() -> None:
     assert workload.prompt_blocks.tolist() == [2]
     assert workload.hit_cap.tolist() == [2]
     assert workload.prompt_tokens.tolist() == [11]
-    assert workload.block_tokens.tolist() == [4, 4, 4, 4]
+    assert set(workload.last_tokens.tolist()) == {4}
     assert (workload.source, workload.block_size, workload.bytes_per_block) == ("recorded", 4, 100)
 
 
@@ -145,7 +145,7 @@ def test_an_import_keeps_its_ids_as_they_stand() -> None:
     assert workload.schedule is None
     assert workload.raw is None
     assert workload.prompt_blocks.tolist() == workload.hit_cap.tolist() == [3, 1, 0]
-    assert workload.block_tokens.tolist() == [4, 4, 1, 4]
+    assert workload.last_tokens.tolist() == [1, 4, 4]
     assert workload.bytes_per_block is None
     assert replay_requests(workload, "lru", 4).tolist() == [0, 1, 0]
 
@@ -153,7 +153,7 @@ def test_an_import_keeps_its_ids_as_they_stand() -> None:
 @pytest.mark.parametrize(("tokens", "last"), [(3, 1), (8, 1), (9, 1), (12, 4), (99, 4)])
 def test_the_tokens_of_an_imports_last_block_are_clipped(tokens: int, last: int) -> None:
     workload = from_trace(fake_trace([[0, 1, 2]], prompt=[tokens], source="import"))
-    assert workload.block_tokens.tolist() == [4, 4, last]
+    assert workload.last_tokens.tolist() == [last]
 
 
 def test_an_import_at_a_coarser_size_keeps_the_partial_block() -> None:
@@ -161,7 +161,7 @@ def test_an_import_at_a_coarser_size_keeps_the_partial_block() -> None:
     workload = from_trace(trace, 8)
     workload.validate()
     assert workload.identities.tolist() == [0, 1, 0, 2]
-    assert workload.block_tokens.tolist() == [8, 4, 8, 2]
+    assert workload.last_tokens.tolist() == [4, 2]
 
 
 def test_content_ids() -> None:

@@ -21,7 +21,7 @@ def make_workload(
     hit_cap: Sequence[int] | None = None,
     schedule: Sequence[int] | None = None,
     raw: Sequence[int] | None = None,
-    block_tokens: Sequence[int] | None = None,
+    last_tokens: Sequence[int] | None = None,
     block_size: int = 16,
     bytes_per_block: int | None = None,
 ) -> Workload:
@@ -35,9 +35,9 @@ def make_workload(
         prompt_blocks=prompts,
         hit_cap=prompts.copy() if hit_cap is None else np.array(hit_cap, np.int32),
         prompt_tokens=prompts.astype(np.int64) * block_size,
-        block_tokens=np.full(ids.size, block_size, np.int32)
-        if block_tokens is None
-        else np.array(block_tokens, np.int32),
+        last_tokens=np.full(len(chains), block_size, np.int32)
+        if last_tokens is None
+        else np.array(last_tokens, np.int32),
         schedule=None if schedule is None else np.array(schedule, np.int64),
         raw=None if raw is None else np.array(raw, np.int32),
         block_size=block_size,
@@ -53,6 +53,11 @@ class Outcome:
     token_hits: int = 0
     evictions: int = 0
     overflows: set[int] = field(default_factory=set)
+
+
+def tokens_of(workload: Workload, r: int, position: int) -> int:
+    """Tokens in the entry at `position`, which is one of request `r`."""
+    return int(workload.last_tokens[r]) if position == workload.indptr[r + 1] - 1 else workload.block_size
 
 
 def twin(workload: Workload, policy: str, capacity: float, semantics: str) -> Outcome:
@@ -74,7 +79,7 @@ def _object(workload: Workload, policy: str, capacity: float) -> Outcome:
             block = refs[now]
             if block in placed:
                 outcome.hits[r] += 1
-                outcome.token_hits += int(workload.block_tokens[now])
+                outcome.token_hits += tokens_of(workload, r, now)
             else:
                 if len(placed) == capacity:
                     if policy == "lru":
@@ -166,7 +171,7 @@ class _PrefixTwin:
                     hits += 1
                 self.outcome.hits[r] = hits
                 start = int(workload.indptr[r])
-                self.outcome.token_hits += int(workload.block_tokens[start : start + hits].sum())
+                self.outcome.token_hits += sum(tokens_of(workload, r, p) for p in range(start, start + hits))
                 self.take(r, self.prompts[r], 0)
             else:
                 self.take(r, self.outputs[r], len(self.prompts[r]))

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from numba.core.errors import NumbaError
 
-from kvtrace_replay.policies.registry import MAX_STATE, Stream, find_policy
+from kvtrace_replay.policies.registry import MAX_STATE, find_policy
+from kvtrace_replay.policies.stream import Stream
 from kvtrace_replay.schedulers.recorded import Recorded
 from kvtrace_replay.schedulers.settings import NATIVE, Settings
 from kvtrace_replay.schedulers.vllm_v1 import layout as at
@@ -235,8 +236,10 @@ def _policy(recorded: Recorded, settings: Settings, chain: I32, chain_at: I64) -
         events=np.zeros(0, np.int64),
         n_identities=identities,
         semantics="prefix",
+        block_size=settings.block_size,
+        priority=np.ascontiguousarray(recorded.priority, np.int32),
     )
-    state = policy.setup(stream, settings.num_blocks - 1)
+    state = policy.state(stream, settings.num_blocks - 1)
     unused = (np.zeros(0, np.int32),) * (MAX_STATE - len(state))
     return policy.tag, (np.full(identities, ABSENT, np.int32), *state, *unused)
 
