@@ -10,7 +10,7 @@ import polars as pl
 
 from kvtrace import metrics
 from kvtrace.api import Trace, open
-from kvtrace_replay import from_trace
+from kvtrace_replay import of_trace
 from kvtrace_replay import replay as replay_workload
 
 Capacity = int | float | str
@@ -22,24 +22,29 @@ def replay(
     capacity: Capacity | Sequence[Capacity] | None = None,
     block_size: int | Sequence[int] | None = None,
     semantics: str | Sequence[str] = "prefix",
+    warmup: float = 0.0,
 ) -> pl.DataFrame:
     """Replay a trace's lookups through caches that were never run: one row per cell of the grid.
 
     Every argument takes one value or several. `capacity` is in blocks, or a text as on the command line
     (`10k`, `50%`, `65536tok`, `8GiB`, `inf`); None is the run's own capacity, where the trace knows it, and
-    `inf`. `block_size` must be a multiple of the trace's granule; None is the trace's own.
+    `inf`. `block_size` must be a multiple of the trace's granule; None is the trace's own. Of the first
+    `warmup` of the requests (a share) nothing is counted.
 
     Columns: policy, capacity_blocks (null is `inf`), block_size, semantics, requests, block_lookups,
     block_hits, block_hit_ratio, token_lookups, token_hits, token_hit_ratio, evictions, seconds (the kernel
-    alone), pin_overflow_requests, why; a trace of several engines has engine_index in front. A cell that
-    cannot be run has nulls, and says why. Raises UsageError for an unknown policy or semantics, or a capacity
-    or block size that cannot be.
+    alone), pin_overflow_requests (requests of which a block found no place, since all others were in use),
+    expired_blocks and bypassed_blocks (dropped for their age, not admitted), warmup, why, and of the block
+    size: empty_slots (token slots in the requests' last blocks that stay empty, summed at their ends) and
+    fragmentation (their share of all slots the requests take); a trace of several engines has engine_index in
+    front. A cell that cannot be run has nulls, and says why. Raises UsageError for an unknown policy or
+    semantics, or a capacity or block size that cannot be.
     """
     opened = trace if isinstance(trace, Trace) else open(trace)
     frames = []
     for header in opened.engines:
         for size in several(block_size):
-            rows = replay_engine(opened, header, policy, capacity, size, semantics)
+            rows = replay_engine(opened, header, policy, capacity, size, semantics, warmup)
             frame = pl.DataFrame(rows, infer_schema_length=None)
             if len(opened.engines) > 1:
                 index = pl.lit(header["engine_index"], dtype=pl.Int16).alias("engine_index")
@@ -55,11 +60,20 @@ def replay_engine(
     capacity: Capacity | Sequence[Capacity] | None = None,
     block_size: int | None = None,
     semantics: str | Sequence[str] = "prefix",
+    warmup: float = 0.0,
 ) -> list[dict[str, Any]]:
     """The rows of one engine of a trace (`header` is one of `trace.engines`) at one block size."""
-    workload = from_trace(trace.reader, block_size=block_size, engine_index=header["engine_index"])
+    workload = of_trace(trace.reader, block_size=block_size, engine_index=header["engine_index"])
     wanted = default_capacities(header) if capacity is None else several(capacity)
-    return replay_workload(workload, policy=several(policy), capacity=wanted, semantics=several(semantics))
+    rows = replay_workload(
+        workload, policy=several(policy), capacity=wanted, semantics=several(semantics), warmup=warmup
+    )
+    slots = workload.empty_slots()
+    waste = {
+        "empty_slots": None if slots is None else slots[0],
+        "fragmentation": slots[0] / slots[1] if slots and slots[1] else None,
+    }
+    return [{**{k: v for k, v in row.items() if k != "why"}, **waste, "why": row["why"]} for row in rows]
 
 
 def default_capacities(header: dict[str, Any]) -> list[Capacity]:

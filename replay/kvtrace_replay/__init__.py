@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from kvtrace_replay.schedulers.sweep import simulate
     from kvtrace_replay.workload.model import Workload
     from kvtrace_replay.workload.recorded import from_trace
+    from kvtrace_replay.workload.store import of_trace
 
 _HOMES = {
     "SEMANTICS": "kvtrace_replay.policies.registry",
     "Workload": "kvtrace_replay.workload.model",
     "find_policy": "kvtrace_replay.policies.registry",
     "from_trace": "kvtrace_replay.workload.recorded",
+    "of_trace": "kvtrace_replay.workload.store",
     "load_policy_file": "kvtrace_replay.policies.registry",
     "parse_capacity": "kvtrace_replay.capacity",
     "replay": "kvtrace_replay.cache.runs",
@@ -37,6 +39,7 @@ __all__ = [
     "find_policy",
     "from_trace",
     "load_policy_file",
+    "of_trace",
     "parse_capacity",
     "replay",
     "replay_requests",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,6 +23,23 @@ SHOWN = (
     "block_hit_ratio", "token_hits", "token_hit_ratio", "evictions", "seconds",
 )  # fmt: skip
 IF_VARIED = {"trace", "engine_index", "semantics", "block_size"}
+
+
+class Policies(click.ParamType):  # type: ignore[type-arg]
+    """A list of policies, in which a comma may also stand between the parameters of one of them."""
+
+    name = "list"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
+        items: list[str] = []
+        for text in filter(None, (part.strip() for part in str(value).split(","))):
+            if items and "=" in text and ":" not in text and ":" in items[-1]:
+                items[-1] += f",{text}"
+            else:
+                items.append(text)
+        if not items:
+            self.fail("the list is empty", param, ctx)
+        return items
 
 
 class Items(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
@@ -51,15 +68,18 @@ class Items(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.
     ),
 )
 @click.argument("paths", nargs=-1, required=True, type=TRACE, metavar="TRACE...")
-@click.option("--policy", "policies", type=Items(), default="lru", show_default=True, metavar="A,B",
-              help="Eviction policies; `kvtrace policies` lists them.")  # fmt: skip
+@click.option("--policy", "policies", type=Policies(), default="lru", show_default=True, metavar="A,B",
+              help="Eviction policies, as in lru,s3fifo:small=0.2; `kvtrace policies` lists them. FILE.py:CLASS is one "
+                   "of your own.")  # fmt: skip
 @click.option("--capacity", "capacities", type=Items(), metavar="A,B",
               help="Blocks (1000, 10k), 50% of the distinct ones, 65536tok, 8GiB or inf. "
                    "Default: the run's own, and inf.")  # fmt: skip
 @click.option("--block-size", "block_sizes", type=Items(int), metavar="A,B",
               help="Tokens in a block, multiples of the granule. Default: the trace's own.")  # fmt: skip
 @click.option("--semantics", type=Items(), default="prefix", show_default=True, metavar="A,B",
-              help="prefix, or object (every block reference by itself).")  # fmt: skip
+              help="prefix, radix (only leaves are evicted) or object (every block reference by itself).")  # fmt: skip
+@click.option("--warmup", type=float, default=0.0, show_default=True, metavar="SHARE",
+              help="Share of the requests that fill the cache before anything is counted.")  # fmt: skip
 @output_options
 def command(
     paths: tuple[Path, ...],
@@ -67,6 +87,7 @@ def command(
     capacities: list[str] | None,
     block_sizes: list[int] | None,
     semantics: list[str],
+    warmup: float,
     output: Output,
 ) -> int:
     """Replay a trace's lookups in caches of other sizes and policies.
@@ -85,33 +106,42 @@ def command(
     names = distinct_names([trace.path for trace in traces])
     frames = []
     for trace, name in zip(traces, names, strict=True):
-        frame = kvtrace.replay(trace, policies, capacities, block_sizes or [None], semantics)  # type: ignore[list-item]
+        frame = kvtrace.replay(trace, policies, capacities, block_sizes or [None], semantics, warmup)  # type: ignore[list-item]
         frames.append(frame if len(traces) == 1 else frame.select(pl.lit(name).alias("trace"), pl.all()))
-        output.facts(*facts(trace, frame, name if len(traces) > 1 else ""))
+        output.facts(*facts(trace, frame, name if len(traces) > 1 else "", warmup))
     rows = pl.concat(frames, how="diagonal_relaxed")
     shown = [name for name in SHOWN if name in rows.columns and _tells(rows, name)]
     output.table(rows, Style(columns=shown, cells={"capacity_blocks": capacity}))
     return exit_code(traces)
 
 
+def _waste(base: dict[str, Any]) -> str:
+    from kvtrace.people import percent
+
+    if base["fragmentation"] is None:
+        return ""
+    return f"; {percent(base['fragmentation'])} of the slots of their blocks stay empty, in last blocks"
+
+
 def _tells(rows: pl.DataFrame, name: str) -> bool:
     return name not in IF_VARIED or rows[name].n_unique() > 1
 
 
-def facts(trace: Trace, rows: pl.DataFrame, name: str) -> list[str]:
+def facts(trace: Trace, rows: pl.DataFrame, name: str, warmup: float = 0.0) -> list[str]:
     """What the ratios are shares of, and what the engine itself found beside an LRU cache of its size."""
     from kvtrace import metrics
     from kvtrace.people import percent
     from kvtrace.replays import replay_engine
 
     lead = f"{name}: " if name else ""
-    bases = rows.select("semantics", "block_size", "requests", "block_lookups", "token_lookups").unique(
-        maintain_order=True
-    )
+    bases = rows.select(
+        "semantics", "block_size", "requests", "block_lookups", "token_lookups", "empty_slots", "fragmentation"
+    ).unique(maintain_order=True)
+    after = f" after a warm-up of {percent(warmup)} of them" if warmup else ""
     lines = [
         f"{lead}open loop, {base['semantics']} semantics, {base['block_size']} tokens a block; ratios are shares "
         f"of {base['block_lookups']:,} blocks and {base['token_lookups']:,} tokens looked up by "
-        f"{base['requests']:,} requests"
+        f"{base['requests']:,} requests{after}{_waste(base)}"
         for base in bases.iter_rows(named=True)
     ]
     for header in trace.engines:

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from kvtrace_replay.workload.model import Workload
 from kvtrace_replay.workload.recorded import from_trace
+from kvtrace_replay.workload.store import of_trace
 
-__all__ = ["Workload", "from_trace"]
+__all__ = ["Workload", "from_trace", "of_trace"]

@@ -11,7 +11,7 @@ from kvtrace_traces.errors import KvtraceError
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
-_OPTIONAL = ("schedule", "raw", "arrival_ns", "priority", "request_class")
+_OPTIONAL = ("schedule", "raw", "arrival_ns", "priority", "request_class", "held_tokens")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +42,8 @@ class Workload:
         priority: int32[n_requests]; lower first, as vLLM has it; None when unknown.
         request_class: int32[n_requests]; dense ids of what the trace calls the request's (type, turn); None when
             unknown.
+        held_tokens: int64[n_requests]; tokens whose keys each request held at its end, prompt and output; None when
+            unknown.
     """
 
     identities: I32
@@ -59,11 +61,20 @@ class Workload:
     arrival_ns: I64 | None = None
     priority: I32 | None = None
     request_class: I32 | None = None
+    held_tokens: I64 | None = None
 
     def token_counts(self) -> I64:
         """int64[n_requests]: tokens in all entries of each chain."""
         lengths = np.diff(self.indptr)
         return lengths * self.block_size - np.where(lengths > 0, self.block_size - self.last_tokens, 0)
+
+    def empty_slots(self) -> tuple[int, int] | None:
+        """Internal fragmentation: (token slots that stayed empty in the requests' last blocks, token slots of all their
+        blocks), summed over the requests at their ends, each counted alone. None where their lengths are unknown."""
+        if self.held_tokens is None:
+            return None
+        slots = -(-self.held_tokens // self.block_size) * self.block_size
+        return int((slots - self.held_tokens).sum()), int(slots.sum())
 
     @property
     def n_requests(self) -> int:
@@ -94,6 +105,7 @@ class Workload:
             ("arrival_ns", np.int64, self.n_requests),
             ("priority", np.int32, self.n_requests),
             ("request_class", np.int32, self.n_requests),
+            ("held_tokens", np.int64, self.n_requests),
         ]
         for name, dtype, size in sizes:
             array = getattr(self, name)

@@ -93,6 +93,7 @@ def from_trace(trace: Any, block_size: int | None = None, engine_index: int | No
         arrival_ns=_arrivals(requests),
         priority=_column(requests, "priority", np.int32),
         request_class=_classes(requests),
+        held_tokens=_held_tokens(requests),
     )
 
 
@@ -100,6 +101,13 @@ def _arrivals(requests: pl.DataFrame) -> I64 | None:
     """When the requests arrived; None where the trace has no times (an import without them has all of them 0)."""
     times = _column(requests, "arrival_ns", np.int64)
     return times if times is not None and times.any() else None
+
+
+def _held_tokens(requests: pl.DataFrame) -> I64:
+    """Prompt and output; the very last output token is sampled, but never computed (see `_full_blocks`)."""
+    output = requests["output_tokens"].cast(pl.Int64).fill_null(0)
+    held = requests["prompt_tokens"].cast(pl.Int64) + output - (output > 0).cast(pl.Int64)
+    return np.ascontiguousarray(held.to_numpy(), np.int64)
 
 
 def _column(requests: pl.DataFrame, name: str, dtype: type[np.generic]) -> npt.NDArray[Any] | None:
