@@ -2,8 +2,8 @@
 
 Plain `numba.njit(cache=True)` has three habits that hurt here, and this module is the cure for each:
 
-- it keeps stale machine code when a helper in *another* file changes: here the cache folder's name holds a
-  hash of all sources of the function's package and of those below it;
+- it keeps stale machine code when a helper in *another* file changes: here the code is stamped with a hash of
+  every source of ours that the function's file imports, directly or not (`sources`);
 - it raises at import when no folder is writable: here the function is compiled at each start instead;
 - it pickles every argument type into one index, so that a type which only one process knows (a user's own
   policy file) makes the index unreadable for all others: here the index holds the types' names.
@@ -18,14 +18,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import os
 import shutil
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache as once
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -33,31 +32,13 @@ from typing import Any, TypeVar, overload
 import numba
 from numba.core import caching
 
+from kvtrace_traces.sources import sources_hash
+
 F = TypeVar("F", bound=Callable[..., Any])
 
-# What the compiled code of a package may depend on: itself and the packages below it. A package that is not
-# listed depends on all of these.
-_BELOW = {"kvtrace_traces": (), "kvtrace_replay": ("kvtrace_traces",)}
+_VERSIONS = hashlib.sha256(f"{numba.__version__} {sys.version}".encode()).hexdigest()[:12]
 _KEEP_DAYS = 30.0
 _announced = threading.Event()
-
-
-def _sources(package: str) -> Iterator[Path]:
-    for name in (package, *_BELOW.get(package, tuple(_BELOW))):
-        spec = importlib.util.find_spec(name)
-        for folder in (spec.submodule_search_locations or ()) if spec else ():
-            yield from sorted(Path(folder).rglob("*.py"))
-
-
-def sources_hash(package: str) -> str:
-    """A short hash of every source that compiled code of `package` may depend on, and of Numba's and Python's
-    versions. A file that cannot be read counts by its name alone."""
-    digest = hashlib.sha256(f"{numba.__version__} {sys.version}".encode())
-    for file in _sources(package):
-        digest.update(f"\0{file.name}\0".encode())
-        with contextlib.suppress(OSError):
-            digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def _root() -> Path:
@@ -68,17 +49,18 @@ def _root() -> Path:
 
 
 @once
-def cache_folder(package: str) -> Path | None:
-    """The folder of `package`'s machine code, made when missing; None where none can be written."""
+def cache_folder() -> Path | None:
+    """The folder of the machine code that this Numba and this Python make, made when missing; None where none can be
+    written."""
     try:
-        folder = _root() / f"compiled-{package}-{sources_hash(package)}"
+        folder = _root() / f"compiled-{_VERSIONS}"
         # 0700: what lies here is loaded as code, so nobody else may write it.
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
         os.utime(folder)  # marks it as in use for _prune
         _prune(folder)
-    except (OSError, RuntimeError, ImportError, ValueError):  # no home folder, a package without a spec
+    except (OSError, RuntimeError):  # no home folder
         return None
     return folder
 
@@ -104,22 +86,24 @@ def _announce(kept_on_disk: bool) -> None:
 
 
 class _Locator(caching._CacheLocator):  # type: ignore[misc]
-    """Puts the cache of every function into `cache_folder()`, whatever the mtime of its source."""
+    """Puts the cache of every function into `cache_folder()`, whatever the mtime of its source. Code whose stamp is
+    another is taken for missing, and replaced."""
 
-    def __init__(self, folder: Path, py_file: str) -> None:
+    def __init__(self, folder: Path, py_file: str, package: str) -> None:
         self._folder = folder
         self._py_file = py_file
+        self._package = package
 
     @classmethod
     def from_function(cls, py_func: Callable[..., Any], py_file: str) -> _Locator | None:
-        folder = cache_folder(_package(py_func))
-        return cls(folder, py_file) if folder else None
+        folder = cache_folder()
+        return cls(folder, py_file, _package(py_func)) if folder else None
 
     def get_cache_path(self) -> str:
         return str(self._folder)
 
     def get_source_stamp(self) -> str:
-        return "by folder"
+        return sources_hash(self._py_file, self._package)
 
     def get_disambiguator(self) -> str:
         return hashlib.sha256(self._py_file.encode()).hexdigest()[:10]
@@ -169,7 +153,7 @@ def _attach_cache(dispatcher: Any, function: Callable[..., Any]) -> None:
     if not hasattr(dispatcher, "_cache"):  # NUMBA_DISABLE_JIT: njit handed the plain function back
         return
     try:
-        dispatcher._cache = _Cache(function) if cache_folder(_package(function)) else _NoCache()
+        dispatcher._cache = _Cache(function) if cache_folder() else _NoCache()
     except (RuntimeError, OSError):  # e.g. a function without a source file
         dispatcher._cache = _NoCache()
 

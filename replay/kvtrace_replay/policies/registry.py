@@ -64,6 +64,7 @@ import numpy.typing as npt
 
 from kvtrace_replay.policies.stream import Stream
 from kvtrace_traces.errors import KvtraceError, UsageError
+from kvtrace_traces.sources import sources_hash
 
 MAX_STATE = 8
 LEADING = {
@@ -234,11 +235,11 @@ def _check_functions(name: str, functions: dict[str, Callable[..., Any]]) -> int
 
 
 def _make_tag(name: str, cls: type) -> Any:
-    """A NamedTuple class of the policy's own. Its name holds a hash of the policy's file, since compiled
-    drivers are kept on disk under the names of their argument types."""
+    """A NamedTuple class of the policy's own. Its name holds a hash of the policy's file and of what that imports,
+    since compiled drivers are kept on disk under the names of their argument types."""
     module = sys.modules[cls.__module__]
     file = getattr(module, "__file__", None)
-    mark = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12] if file else uuid.uuid4().hex[:12]
+    mark = sources_hash(file, cls.__module__.partition(".")[0])[:12] if file else uuid.uuid4().hex[:12]
     tag_name = f"Tag_{''.join(c if c.isalnum() else '_' for c in name)}_{mark}"
     # Numba's cache pickles the class by its place in the module.
     tag_type = namedtuple(tag_name, ["code"], module=cls.__module__)  # type: ignore[misc]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvtrace_replay import replay
+from kvtrace_traces import sources
 from unit.replay.twins import make_workload
 
 RUN = """
@@ -17,7 +18,7 @@ import sys
 sys.path.insert(0, {where!r})
 import kvtrace_traces.compile as c
 import toy.main
-print(toy.main.answer(20), sum(toy.main.answer._cache_hits.values()), c.cache_folder("toy"))
+print(toy.main.answer(20), sum(toy.main.answer._cache_hits.values()), c.cache_folder())
 """
 
 
@@ -58,6 +59,33 @@ def test_a_changed_helper_in_another_file_is_seen(tmp_path: Path) -> None:
     toy(tmp_path, 3)
     (answer, hits, _), _ = run(tmp_path)
     assert (answer, hits) == ("43", "0")
+
+
+def test_code_that_does_not_depend_on_what_changed_is_kept(tmp_path: Path) -> None:
+    toy(tmp_path, 2)
+    (tmp_path / "toy" / "other.py").write_text("x = 1\n")
+    run(tmp_path)
+    (tmp_path / "toy" / "other.py").write_text("x = 2\n")
+    (answer, hits, _), notes = run(tmp_path)
+    assert (answer, hits, notes) == ("42", "1", "")
+
+
+def test_what_a_file_depends_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "dep"
+    (package / "sub").mkdir(parents=True)
+    for name, text in {
+        "__init__.py": "",
+        "a.py": "import dep.plain\nfrom dep import (\n    b as first,  # why, not\n    NAME,\n)\nimport numpy as np\n",
+        "b.py": "def later():\n    from dep.sub import thing\n",
+        "plain.py": "",
+        "sub/__init__.py": "from dep.sub.deep import thing\n",
+        "sub/deep.py": "from dep.a import circle\n",
+        "unused.py": "from dep import a\n",
+    }.items():
+        (package / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = {str(file.relative_to(package)) for file in sources._closure(package / "a.py", "dep")}
+    assert found == {"a.py", "__init__.py", "b.py", "plain.py", "sub/__init__.py", "sub/deep.py"}
 
 
 def test_no_writable_folder_is_no_error(tmp_path: Path) -> None:
