@@ -30,7 +30,7 @@ def as_workload(ids: np.ndarray, per_request: int) -> Workload:
     indptr = np.append(np.arange(0, ids.size, per_request, dtype=np.int64), ids.size)
     blocks = np.diff(indptr).astype(np.int32)
     return Workload(
-        ids, indptr, blocks, blocks, blocks.astype(np.int64) * 16, np.full(ids.size, 16, np.int32),
+        ids, indptr, blocks, blocks, blocks.astype(np.int64) * 16, np.full(blocks.size, 16, np.int32),
         None, None, 16, int(ids.max()) + 1, "import",
     )  # fmt: skip
 

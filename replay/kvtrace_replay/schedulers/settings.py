@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kvtrace_replay.schedulers.families import Rules, rules_of
@@ -54,10 +54,6 @@ class Settings:
         """`KVCacheManager.__init__`: truncated."""
         return int(self.watermark * self.num_blocks)
 
-    def changed(self, other: Settings) -> list[str]:
-        """The names of what differs from `other`."""
-        return [field.name for field in fields(self) if getattr(self, field.name) != getattr(other, field.name)]
-
     def changed_to(self, **changes: Any) -> Settings:
         """These settings with `changes` (names of VARIABLE; None leaves one as it is).
 
@@ -90,6 +86,12 @@ class Settings:
             raise UsageError(
                 f"--max-num-batched-tokens {self.max_num_batched_tokens} is below --max-num-seqs {self.max_num_seqs}: "
                 "vLLM does not start so"
+            )
+        # Read in 0.32.0; what was read of the releases before 0.31 does not refuse it.
+        if self.rules.threshold_spares_lone_request and self.long_prefill_token_threshold > self.max_model_len:
+            raise UsageError(
+                f"--long-prefill-token-threshold {self.long_prefill_token_threshold} is above the model's "
+                f"{self.max_model_len} tokens: vLLM does not start so; 0 sets none"
             )
         if not self.chunked_prefill and self.max_num_batched_tokens < self.max_model_len:
             raise UsageError(

@@ -33,6 +33,7 @@ class Cell:
     run: Run | None
     failed: str | None
     why: tuple[str, ...]
+    engine: str = "vllm-v1"
 
 
 #: Names of what keeps a prediction from being exact, and what they mean. Exact always means: given equal tokens.
@@ -105,7 +106,7 @@ def simulate(
     if len(cells) == 1 and done[0][1] is not None:
         raise UsageError(done[0][1])
     return [
-        Cell(source, asked, arrivals, run, failed, why_not_exact(trace, source, asked, own, arrivals, run))
+        Cell(source, asked, arrivals, run, failed, why_not_exact(trace, source, asked, own, arrivals, run), engine)
         for (asked, _), (run, failed) in zip(cells, done, strict=True)
     ]
 
@@ -229,7 +230,7 @@ def _row(cell: Cell) -> dict[str, Any]:
         return getattr(run, name) if done else None
 
     return {
-        "engine": "vllm-v1",
+        "engine": cell.engine,
         **{name: getattr(settings, name) for name in VARIABLE},
         "arrivals": cell.arrivals,
         "requests": cell.recorded.n_requests,

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtrace_replay import Workload, replay, replay_requests
+from kvtrace_traces.errors import UsageError
 from unit.replay.twins import make_workload, twin
 
 POLICIES = ["lru", "fifo", "opt"]
@@ -126,6 +127,35 @@ def test_any_chains_shrinkable(
     )
     largest = max([1, *(len(set(chain)) for chain in chains)])
     check(workload, policy, "prefix", largest + room)
+
+
+@pytest.mark.parametrize("semantics", SEMANTICS)
+def test_a_warm_up_counts_only_the_requests_after_it(semantics: str) -> None:
+    rng = random.Random(f"warm {semantics}")
+    cut = 0
+    for _ in range(400):
+        workload, largest = random_workload(rng)
+        capacity = (1 if semantics == "object" else largest) + rng.randint(0, 6)
+        share = rng.choice([0.0, 0.25, 0.5, 0.99, rng.random()])
+        expected = twin(workload, "lru", capacity, semantics)
+        order = range(workload.n_requests)
+        if semantics == "prefix" and workload.schedule is not None:
+            order = [entry - 1 for entry in workload.schedule.tolist() if entry > 0]
+        counted = list(order)[int(share * workload.n_requests) :]
+        (row,) = replay(workload, "lru", capacity, semantics, warmup=share)
+        assert row["block_hits"] == sum(expected.hits[r] for r in counted)
+        lookups = np.diff(workload.indptr) if semantics == "object" else workload.prompt_blocks
+        assert row["block_lookups"] == sum(int(lookups[r]) for r in counted)
+        assert row["requests"] == len(counted)
+        assert row["evictions"] <= expected.evictions
+        cut += row["block_hits"] < sum(expected.hits)
+    assert cut > 20
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, math.nan, math.inf])
+def test_a_warm_up_that_cannot_be(share: float) -> None:
+    with pytest.raises(UsageError, match="must be a share of the requests"):
+        replay(make_workload([[0]]), "lru", 5, warmup=share)
 
 
 def test_the_random_workloads_cover_what_they_are_for() -> None:

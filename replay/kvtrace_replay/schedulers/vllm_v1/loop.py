@@ -85,7 +85,7 @@ from kvtrace_replay.schedulers.vllm_v1.layout import (
 from kvtrace_replay.schedulers.vllm_v1.queues import enqueue
 from kvtrace_replay.schedulers.vllm_v1.requests import cache_up_to, finish
 from kvtrace_replay.schedulers.vllm_v1.schedule import schedule, wants_tokens
-from kvtrace_replay.schedulers.vllm_v1.steady import HEAD, coast, dissolve, first_unsteady, gather, leave
+from kvtrace_replay.schedulers.vllm_v1.steady import HEAD, coast, first_unsteady, gather, leave
 from kvtrace_replay.schedulers.vllm_v1.words import ABORTED, log_arrival, log_output
 from kvtrace_traces.compile import njit
 
@@ -141,23 +141,7 @@ def take_arrivals(
         enqueue(p, g, req, order, request, False)
         g[G_ARRIVED] += 1
         if req[request, O_REASON] == ABORTED:  # before it came
-            finish(
-                tag,
-                pol,
-                p,
-                g,
-                req,
-                blk,
-                first,
-                table,
-                order,
-                log,
-                st,
-                phases,
-                ends,
-                request,
-                ABORTED,
-            )
+            finish(tag, pol, p, g, req, blk, first, table, order, log, st, phases, ends, request, ABORTED)
     return True
 
 
@@ -176,23 +160,7 @@ def take_aborts(
         if req[request, R_STATUS] != FINISHED and req[request, R_STATUS] != NEW:
             if p[P_LOG] and not only_early and g[G_LOG] + room > log.shape[0]:
                 return False
-            finish(
-                tag,
-                pol,
-                p,
-                g,
-                req,
-                blk,
-                first,
-                table,
-                order,
-                log,
-                st,
-                phases,
-                ends,
-                request,
-                ABORTED,
-            )
+            finish(tag, pol, p, g, req, blk, first, table, order, log, st, phases, ends, request, ABORTED)
         elif req[request, R_STATUS] == NEW:
             req[request, O_REASON] = ABORTED
         g[G_ABORTED] += 1
@@ -398,8 +366,6 @@ def run(
             continue
         else:
             calm = False
-            if g[G_STEADY] > 0:  # never, for steady requests are unfinished
-                dissolve(p, g, req, st, phases, ends, flights, flight_n)
         if g[G_ABORTED] < gone.shape[0] and gone[g[G_ABORTED], A_DUE] <= g[G_STEP]:
             take_aborts(
                 tag, pol, p, g, req, blk, first, table, order, gone, log, room, True, st, phases,

@@ -58,10 +58,8 @@ def unlink_waiting(req, request):
 
 
 @njit(cache=False)
-def push_heap(order, g, rank):
-    """As `heapq.heappush`."""
-    at = g[G_HEAP]
-    g[G_HEAP] = at + 1
+def rise(order, at):
+    rank = order[at, Q_HEAP]
     while at > 0:
         parent = (at - 1) >> 1
         if order[parent, Q_HEAP] <= rank:
@@ -69,6 +67,14 @@ def push_heap(order, g, rank):
         order[at, Q_HEAP] = order[parent, Q_HEAP]
         at = parent
     order[at, Q_HEAP] = rank
+
+
+@njit(cache=False)
+def push_heap(order, g, rank):
+    """As `heapq.heappush`."""
+    order[g[G_HEAP], Q_HEAP] = rank
+    rise(order, g[G_HEAP])
+    g[G_HEAP] += 1
 
 
 @njit(cache=False)
@@ -124,15 +130,3 @@ def withdraw(p, g, req, order, request):
     else:
         unlink_waiting(req, request)
     g[G_WAITING] -= 1
-
-
-@njit(cache=False)
-def rise(order, at):
-    rank = order[at, Q_HEAP]
-    while at > 0:
-        parent = (at - 1) >> 1
-        if order[parent, Q_HEAP] <= rank:
-            break
-        order[at, Q_HEAP] = order[parent, Q_HEAP]
-        at = parent
-    order[at, Q_HEAP] = rank

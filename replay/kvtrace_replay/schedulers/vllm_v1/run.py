@@ -278,7 +278,6 @@ def _parameters(recorded: Recorded, settings: Settings, step_rows: bool, logged:
         (at.P_LOG, logged),
         (at.P_ROWS, step_rows),
         (at.P_STRIDE, recorded.stride(settings.block_size)),
-        (at.P_NUM_BLOCKS, settings.num_blocks),
         (at.P_FAST, fast),
         (at.P_VICTIM, rules.priority_victim),
         (at.P_SKIPS_FINISHING, rules.async_skips_finishing),
