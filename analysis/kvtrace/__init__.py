@@ -16,19 +16,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvtrace.api import Trace, open
+    from kvtrace.curves import curve
     from kvtrace.replays import replay
     from kvtrace.simulations import simulate
     from kvtrace_traces.errors import KvtraceError, UsageError
 
     __version__: str
 
-__all__ = ["KvtraceError", "Trace", "UsageError", "__version__", "open", "replay", "simulate"]
+__all__ = ["KvtraceError", "Trace", "UsageError", "__version__", "curve", "open", "replay", "simulate"]
 
 _HOMES = {
     "KvtraceError": "kvtrace_traces.errors",
     "UsageError": "kvtrace_traces.errors",
     "Trace": "kvtrace.api",
     "open": "kvtrace.api",
+    "curve": "kvtrace.curves",
     "replay": "kvtrace.replays",
     "simulate": "kvtrace.simulations",
 }

@@ -17,13 +17,30 @@ import click
 
 from kvtrace.cli.examples import examples
 
-# A command is the file of its name (a trailing underscore where the name is a keyword of Python).
+# A command is the file of its name (a trailing underscore where the name is a keyword of Python). What it does is
+# repeated here, so that `--help` need not import them all; a test compares.
 SECTIONS = {
-    "Record": ["record"],
-    "Look": ["info", "verify", "sql"],
-    "Replay": ["replay", "simulate", "policies"],
-    "Exchange": ["import", "export"],
-    "Start here": ["demo"],
+    "Record": {
+        "record": "Run COMMAND and trace every vLLM engine that it starts.",
+    },
+    "Look": {
+        "info": "Show what a trace holds, and whether anything is missing.",
+        "verify": "Check a trace against itself: exit code 0 only without a mismatch.",
+        "sql": "Ask a trace questions in SQL (DuckDB's dialect, read-only).",
+    },
+    "Replay": {
+        "replay": "Replay a trace's lookups in caches of other sizes and policies.",
+        "curve": "Hit ratios of a trace at all cache sizes, or its working sets.",
+        "simulate": "Run a trace's requests again at other settings of their engine.",
+        "policies": "List the eviction policies: name, rule, paper.",
+    },
+    "Exchange": {
+        "import": "Turn another tool's trace into a .kvt file.",
+        "export": "Write a trace in another tool's format.",
+    },
+    "Start here": {
+        "demo": "Show what kvtrace does, on a bundled trace.",
+    },
 }
 COMMANDS = [name for names in SECTIONS.values() for name in names]
 _KEYWORDS = {"import"}
@@ -54,14 +71,9 @@ class Cli(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         width = max(map(len, COMMANDS))
-        for title, names in SECTIONS.items():
+        for title, commands in SECTIONS.items():
             with formatter.section(title):
-                rows = [
-                    (name.ljust(width), command.get_short_help_str(68))
-                    for name in names
-                    if (command := self.get_command(ctx, name)) is not None
-                ]
-                formatter.write_dl(rows)
+                formatter.write_dl([(name.ljust(width), summary) for name, summary in commands.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -103,9 +115,8 @@ class Cli(click.Group):
             if isinstance(error, click.exceptions.NoArgsIsHelpError):
                 error.show()
                 return 2
-            _say(f"error: {_one_line(error.format_message())}")
-            if context is not None:
-                click.echo(f"Try '{context.command_path} --help' for help.", err=True)
+            hint = f" ({context.command_path} --help tells more)" if context is not None else ""
+            _say(f"error: {_one_line(error.format_message())}{hint}")
             return error.exit_code
         except KvtraceError as error:
             if _debugging():

@@ -45,7 +45,7 @@ def object_driver(
     resident = totals[RESIDENT]
     for r in range(first, last):
         hits_before = block_hits
-        last_hit = False
+        last_hit = 0
         begin(tag, r, indptr[r], s0, s1, s2, s3, s4, s5, s6, s7)
         dropped = expire(tag, indptr[r], pins, s0, s1, s2, s3, s4, s5, s6, s7)
         while dropped >= 0:
@@ -61,10 +61,10 @@ def object_driver(
             key = np.intp(np.uint32(refs[i]))
             if pins[key] != ABSENT:
                 block_hits += 1
-                last_hit = True
+                last_hit = 1
                 hit(tag, key, False, i, s0, s1, s2, s3, s4, s5, s6, s7)
                 continue
-            last_hit = False
+            last_hit = 0
             if uses > 1 and seen[key] < uses - 1:
                 seen[key] += 1
                 totals[BYPASSED] += 1
@@ -84,8 +84,7 @@ def object_driver(
             pins[key] = 0
             insert(tag, key, i, s0, s1, s2, s3, s4, s5, s6, s7)
         request_hits[r] = block_hits - hits_before
-        if last_hit:
-            short_tokens += block_size - last_tokens[r]
+        short_tokens += last_hit * (block_size - last_tokens[r])  # no branch: it would be as hard to guess as a hit
     totals[BLOCK_HITS] += block_hits
     totals[TOKEN_HITS] += block_hits * block_size - short_tokens
     totals[EVICTIONS] += evictions

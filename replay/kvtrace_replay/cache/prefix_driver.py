@@ -12,6 +12,9 @@ all. Imports have each finish right after its admission, so one driver serves bo
 Within steps 1 and 3 the tail comes before the head, so that the head is the younger one whatever the
 policy orders by.
 
+Imports know no lifetimes, so that nothing need be held. Where a policy's order does not depend on use (`in_order`), their
+blocks are simply placed one by one in chain order, and a request's own blocks may be evicted for its others.
+
 *Letting go*: each block is unpinned, the tail first; the last request that held it makes it evictable again.
 """
 
@@ -115,6 +118,37 @@ def take(
     return bypassed
 
 
+@njit(cache=False)
+def place_in_order(
+    tag: Any, refs: I32, start: int, stop: int, capacity: int, uses: int, seen: U8, pins: I32, totals: I64,
+    s0: Any, s1: Any, s2: Any, s3: Any, s4: Any, s5: Any, s6: Any, s7: Any,
+) -> None:  # fmt: skip
+    """A place for every missing block of `refs[start:stop]`, one after the other."""
+    for p in range(start, stop):
+        key = np.intp(np.uint32(refs[p]))
+        if pins[key] >= 0:
+            hit(tag, key, False, p, s0, s1, s2, s3, s4, s5, s6, s7)
+            continue
+        if uses > 1 and seen[key] < uses - 1:
+            seen[key] += 1
+            totals[BYPASSED] += 1
+            continue
+        if not admit(tag, key, p, pins, s0, s1, s2, s3, s4, s5, s6, s7):
+            totals[BYPASSED] += 1
+            continue
+        if totals[RESIDENT] == capacity:
+            victim = evict(tag, key, p, pins, s0, s1, s2, s3, s4, s5, s6, s7)
+            if victim < 0 or victim >= pins.size or pins[victim] != 0:
+                totals[BAD_VICTIM] = 1
+                return
+            pins[victim] = ABSENT
+            totals[EVICTIONS] += 1
+        else:
+            totals[RESIDENT] += 1
+        insert(tag, key, p, s0, s1, s2, s3, s4, s5, s6, s7)
+        pins[key] = 0
+
+
 @njit
 def prefix_driver(
     tag: Any,
@@ -129,6 +163,7 @@ def prefix_driver(
     last: int,
     capacity: int,
     uses: int,
+    in_order: bool,
     seen: U8,
     pins: I32,
     held: U8,
@@ -174,7 +209,13 @@ def prefix_driver(
             stop = middle
         else:
             start = middle
-        if start < stop and take(
+        if in_order:
+            place_in_order(
+                tag, refs, start, stop, capacity, uses, seen, pins, totals, s0, s1, s2, s3, s4, s5, s6, s7
+            )
+            if totals[BAD_VICTIM]:
+                return
+        elif start < stop and take(
             tag, refs, start, stop, capacity, uses, seen, pins, held, totals, s0, s1, s2, s3, s4, s5, s6, s7
         ):
             if overflowed[r] == 0:

@@ -17,6 +17,8 @@ from numba.core.errors import NumbaError
 
 from kvtrace_replay.cache import object_driver as by_object
 from kvtrace_replay.cache import prefix_driver as by_prefix
+from kvtrace_replay.cache import radix_driver as by_radix
+from kvtrace_replay.cache.paths import as_paths
 from kvtrace_replay.cache.totals import (
     BAD_VICTIM,
     BLOCK_HITS,
@@ -40,6 +42,7 @@ from kvtrace_traces.errors import KvtraceError, UsageError
 _PARALLEL_FROM_REFS = 1_000_000
 _UNUSED = np.zeros(0, np.int32)
 _NEVER_SEEN = np.zeros(0, np.uint8)
+_NO_PARENTS = np.zeros(0, np.int32)
 
 Row = dict[str, Any]
 
@@ -57,6 +60,8 @@ class _Run:
     block_lookups: int
     token_lookups: int
     longest_chain: int  # the most blocks of one request; 0 in object semantics, where it holds none
+    concurrent: bool  # requests overlap: recorded lifetimes
+    parents: npt.NDArray[np.int32]  # of each block in the tree, as of `as_paths`; empty unless in radix semantics
 
     def largest_request(self) -> int:
         """The most distinct blocks that one request holds at once."""
@@ -172,6 +177,9 @@ def _read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 def _prepare(workload: Workload, semantics: str, warmup: float) -> _Run:
     by_content = semantics == "object" and workload.raw is not None
     refs = workload.raw if by_content and workload.raw is not None else workload.identities
+    n_identities, parents = distinct_blocks(workload, semantics), _NO_PARENTS
+    if semantics == "radix":
+        refs, n_identities, parents = as_paths(_read_only(refs), _read_only(workload.indptr), n_identities)
     n = workload.n_requests
     if semantics == "object":
         events = np.zeros(0, np.int64)
@@ -191,7 +199,7 @@ def _prepare(workload: Workload, semantics: str, warmup: float) -> _Run:
         indptr=_read_only(workload.indptr),
         prompt_blocks=_read_only(workload.prompt_blocks),
         events=_read_only(events),
-        n_identities=distinct_blocks(workload, semantics),
+        n_identities=n_identities,
         semantics=semantics,
         block_size=workload.block_size,
         timed=workload.arrival_ns is not None,
@@ -218,6 +226,8 @@ def _prepare(workload: Workload, semantics: str, warmup: float) -> _Run:
             workload.token_counts()[counted].sum() if whole else workload.prompt_tokens[counted].sum(dtype=np.int64)
         ),
         longest_chain=0 if whole or not n else int(np.diff(workload.indptr).max()),
+        concurrent=workload.schedule is not None,
+        parents=_read_only(parents),
     )
 
 
@@ -276,7 +286,11 @@ def _drive(
             entry.tag, stream.refs, stream.indptr, run.last_tokens, run.block_size, stream.prompt_blocks, run.hit_cap,
             stream.events,
         )  # fmt: skip
-        after = (blocks, entry.uses, seen, pins, held, overflowed, request_hits, totals)
+        in_order = (entry.in_order and not run.concurrent,) if stream.semantics == "prefix" else ()
+        after = (blocks, entry.uses, *in_order, seen, pins, held, overflowed, request_hits, totals)
+    if stream.semantics == "radix":
+        driver = by_radix.radix_driver
+        after = (*after, np.zeros((stream.n_identities, 2), np.int32), run.parents)
     try:
         warm(driver, (*before, 0, steps, *after, *padded))
     except NumbaError as error:

@@ -1,10 +1,10 @@
 """FIFO: first in, first out.
 
 Resident blocks stand in a queue in the order in which they were placed; using a block does not move it;
-the victim is the oldest of them. Among blocks that one request places, the tail of the chain counts as
-older than the head.
+the victim is the oldest of them. In a recorded trace the tail of what a request places counts as older than the head; an
+import's blocks are placed in chain order, and none is held: hit for hit the `fifo` of `kvcache-simulator` 0.1.3.
 
-With prefixes, blocks that a running request holds are passed over. So that they are not passed over again
+With the prefixes of a recorded trace, blocks that a running request holds are passed over. So that they are not passed over again
 and again, a held block met at the old end of the queue is set aside; when it is let go it enters a small
 heap, ordered by insertion. Everything in that heap is older than everything in the queue, so the heap is
 asked first.
@@ -34,6 +34,8 @@ HEAD, COUNT, TAKEN, RETURNED = range(4)
     "fifo",
     summary="evicts the block that was placed longest ago",
     paper="Belady, IBM Systems Journal 5(2), 1966",
+    in_order=True,
+    stand_in={"radix": "sglang-fifo"},
 )
 class Fifo:
     """State: `queue` int32[capacity], a ring; `now_at` int64[4]: the ring's head, its count, how many

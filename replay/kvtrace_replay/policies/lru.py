@@ -26,6 +26,7 @@ from kvtrace_replay.structures.lists import Links, new_lists, oldest, push_new, 
     "lru",
     summary="evicts the block whose last use is longest ago (vLLM's rule)",
     paper="Mattson et al., IBM Systems Journal 9(2), 1970",
+    semantics=("object", "prefix", "radix"),
 )
 class Lru:
     """State: `links`, one list of the blocks that may be evicted."""

@@ -37,6 +37,7 @@ I64 = npt.NDArray[np.int64]
     summary="evicts the block used next farthest ahead (Belady); with prefixes a reference, not a bound",
     paper="Belady, IBM Systems Journal 5(2), 1966",
     needs_future=True,
+    semantics=("object", "prefix", "radix"),
 )
 class Opt:
     """State: `after` int32[n_refs], the priority that each reference gives its block: the position of its

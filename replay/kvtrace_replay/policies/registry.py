@@ -32,10 +32,15 @@ them; `setup` raises UsageError for a value that cannot be. The driver promises:
   whether it was. `unpin` follows when the last request that holds the block ends, the tail before the
   head: this is the moment that defines recency, as in vLLM, which frees a request's blocks in reverse
   (`KVCacheManager.free`, 0.32.0).
-- `begin` comes once a request, before its lookup (in a closed loop never: `@policy(..., open_loop=True)` says
-  that a policy cannot do without it). `expire` follows until it returns -1; what it returns must be resident
-  with `pins[block] == 0`, and must have been forgotten. `admit` is asked for each missing block, in chain
-  order, before any place is made; `pins[block] < 0` means not resident.
+- `begin` comes once a request, before its lookup. `expire` follows until it returns -1; what it returns must be
+  resident with `pins[block] == 0`, and must have been forgotten. `admit` is asked for each missing block, in chain
+  order, before any place is made; `pins[block] < 0` means not resident. A closed loop calls none of the three, and
+  places what the engine places: `@policy(..., open_loop=True)` says that a policy is not itself without them.
+
+- In `radix` semantics as in `prefix`, with three differences (see `cache.radix_driver`): `hit` comes in two runs,
+  first for the blocks that the lookup hit, then for resident ones beyond the most it may hit; `pins[block]` is the
+  number of locks and of resident blocks right below, while `pin` and `unpin` tell of locks alone; `evict` may return
+  the head of an unlocked end that does not branch, and all from it down leave at once.
 
 The functions are compiled into the driver by the type of a tag (an empty-handed NamedTuple class per
 policy), so a policy costs no call, and the compiled driver is found on disk by later processes.
@@ -94,6 +99,7 @@ class Policy:
         setup, functions, n_state, tag: its functions, how many arrays they take, the type that stands for it.
         needs_future: it looks at references still to come, which only an open loop knows.
         open_loop: it needs `begin`, which only an open loop calls.
+        in_order: no use changes its order, so that imports need hold nothing (see `cache.prefix_driver`).
         semantics: those in which the rule makes sense.
         stand_in: by semantics, the policy that is run in its place: the same rule in other words.
         defaults: its parameters.
@@ -112,6 +118,7 @@ class Policy:
     tag: Any
     needs_future: bool = False
     open_loop: bool = False
+    in_order: bool = False
     semantics: tuple[str, ...] = ("object", "prefix")
     stand_in: dict[str, str] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -165,6 +172,7 @@ def policy(
     paper: str,
     needs_future: bool = False,
     open_loop: bool = False,
+    in_order: bool = False,
     semantics: tuple[str, ...] = ("object", "prefix"),
     stand_in: dict[str, str] | None = None,
 ) -> Callable[[T], T]:
@@ -174,7 +182,7 @@ def policy(
         name: lower case, as given to `--policy`.
         summary: one line for tables and help.
         paper: where the rule comes from.
-        needs_future, open_loop, semantics, stand_in: see `Policy`.
+        needs_future, open_loop, in_order, semantics, stand_in: see `Policy`.
 
     Raises UsageError when the class does not have the functions that the module's docstring lists.
     """
@@ -198,6 +206,7 @@ def policy(
             tag=tag_type(0),
             needs_future=needs_future,
             open_loop=open_loop,
+            in_order=in_order,
             semantics=semantics,
             stand_in=dict(stand_in or {}),
             defaults=_defaults(name, setup),

@@ -203,10 +203,10 @@ def policy_called(name: str) -> str:
             f"--policy {found.name} looks at references still to come, and here they depend on what it does: "
             "`kvtrace replay` takes it"
         )
-    if found.uses > 1 or found.open_loop or {"admit", "expire"} & set(found.functions):
+    if found.uses > 1 or found.open_loop:
         raise UsageError(
-            f"--policy {found.called} leaves blocks out of the cache or drops them by the clock, which the engine's "
-            "pool cannot: `kvtrace replay` takes it"
+            f"--policy {found.called} needs what only a recorded stream has, or leaves blocks out, which the engine's "
+            "pool does not: `kvtrace replay` takes it"
         )
     return found.within("prefix").called
 

@@ -54,8 +54,11 @@ def test_group_help_lists_every_command(kvtrace_cli: Callable[..., Any]) -> None
     assert done.code == 0
     for title, names in SECTIONS.items():
         assert f"{title}:" in done.out
-        for name in names:
+        for name, summary in names.items():
             assert f"  {name} " in done.out
+            command = cli.get_command(click.Context(cli), name)
+            assert command is not None
+            assert command.get_short_help_str(68) == summary
 
 
 def test_unknown_command_names_the_nearest(kvtrace_cli: Callable[..., Any]) -> None:

@@ -348,7 +348,7 @@ def test_several_engines(kvtrace_cli: Callable[..., Any], two_engines: Path, thr
         ("--watermark 2", "--watermark 2.0 must be a share of the blocks, from 0 to below 1"),
         ("--watermark nan", "--watermark nan must be a share"),
         ("--watermark x", "is no list of numbers"),
-        ("--long-prefill-token-threshold 99999", "is above the model.s 2048 tokens"),
+        ("--long-prefill-token-threshold 99999", "is above the model's 2048 tokens"),
         ("--scheduling-policy x", "--scheduling-policy x is none of fcfs, priority"),
         ("--scheduling-policy fcfs,x", "--scheduling-policy x is none of fcfs, priority"),
         ("--engine sglang", "--engine sglang is none of vllm-v1"),

@@ -67,11 +67,21 @@ def test_lru_eats_a_chain_from_its_tail() -> None:
     assert one(workload, "lru", 3)["evictions"] == 4
 
 
-def test_fifo_keeps_insertion_order_and_the_tail_is_older() -> None:
+FIFO_CHAINS = [[0, 1], [2], [0, 1], [3], [0], [4], [0]]
+
+
+def test_fifo_of_a_recorded_trace_keeps_insertion_order_and_the_tail_is_older() -> None:
     # Order, oldest first: 1 0 | 2; using 0 1 again changes nothing; 3 evicts 1, 4 evicts 0.
-    workload = make_workload([[0, 1], [2], [0, 1], [3], [0], [4], [0]])
+    workload = make_workload(FIFO_CHAINS, schedule=[e for r in range(1, 8) for e in (r, -r)])
     assert hits(workload, "fifo", 3) == [0, 0, 2, 0, 1, 0, 0]
     assert hits(workload, "lru", 3) == [0, 0, 2, 0, 1, 0, 1]
+
+
+def test_fifo_of_an_import_places_in_chain_order_and_holds_nothing() -> None:
+    # Order, oldest first: 0 1 2; 3 evicts 0, which comes back for 1; 4 evicts 2.
+    assert hits(make_workload(FIFO_CHAINS), "fifo", 3) == [0, 0, 2, 0, 0, 0, 1]
+    # Order 0 1 2; of 3 0 1 the first evicts 0, 0 comes back for 1, and 1 for 2: now 3 0 1.
+    assert hits(make_workload([[0, 1, 2], [3, 0, 1], [3, 0, 1], [2]]), "fifo", 3) == [0, 0, 3, 0]
 
 
 def test_opt_keeps_what_is_looked_up_soonest() -> None:

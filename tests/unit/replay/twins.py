@@ -103,6 +103,7 @@ class _PrefixTwin:
         self.outputs = [c[n:] for c, n in zip(self.chains, workload.prompt_blocks.tolist(), strict=True)]
         self.policy = policy
         self.capacity = capacity
+        self.holds_nothing = policy == "fifo" and workload.schedule is None
         self.events = (
             [e for r in range(1, workload.n_requests + 1) for e in (r, -r)]
             if workload.schedule is None
@@ -135,7 +136,19 @@ class _PrefixTwin:
         minus_event, depth = self.last[block]
         return (FOREVER, depth, minus_event)
 
+    def place_in_order(self, blocks: list[int]) -> None:
+        """An import's blocks where nothing is held."""
+        for block in blocks:
+            if block not in self.resident:
+                if len(self.resident) == self.capacity:
+                    self.resident.remove(max(self.resident, key=self.rank))
+                    self.outcome.evictions += 1
+                self.resident.add(block)
+                self.stamp[block] = self.tick()
+
     def take(self, r: int, blocks: list[int], depth: int) -> None:
+        if self.holds_nothing:
+            return self.place_in_order(blocks)
         for i, block in enumerate(reversed(blocks)):
             self.last[block] = (-self.event, depth + len(blocks) - 1 - i)
         found = {block for block in blocks if block in self.resident}
@@ -176,7 +189,7 @@ class _PrefixTwin:
             else:
                 self.take(r, self.outputs[r], len(self.prompts[r]))
                 for place, block in reversed(list(enumerate(self.chains[r]))):
-                    if (r, place) in self.bypassed:
+                    if self.holds_nothing or (r, place) in self.bypassed:
                         continue
                     self.holders[block].discard(r)
                     if not self.holders[block] and self.policy == "lru":

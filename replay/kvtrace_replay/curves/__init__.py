@@ -1,0 +1,1 @@
+"""Miss-ratio curves: hit ratios at every capacity, exact or sampled, and working sets over time."""

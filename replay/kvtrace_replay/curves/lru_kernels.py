@@ -1,0 +1,245 @@
+"""One pass over a workload, one kernel per kind of it: how many blocks an LRU cache needs for each hit.
+
+Each adds up a histogram: `hits[c]` is the number of lookups that hit in a cache of c blocks and more, but in no smaller
+one; `short[c]` the tokens that those of them lack which are not full blocks. All arrays but these two and the
+stack's are only read; beside the references, memory grows with the number of distinct blocks alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from kvtrace_replay.curves.machine import prefetch
+from kvtrace_replay.curves.stack import (
+    IN_LINE,
+    LOW,
+    NEVER,
+    ONE,
+    WORD,
+    ZERO,
+    count_before,
+    open_line,
+    remove,
+)
+from kvtrace_traces.compile import njit
+
+U32 = npt.NDArray[np.uint32]
+U64 = npt.NDArray[np.uint64]
+I16 = npt.NDArray[np.int16]
+I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
+
+# How many references ahead memory is asked for: first the slot of a block, then the bits around that slot.
+_SLOT_AHEAD, _BITS_AHEAD = 32, 16
+# Of the next request that much is asked for early.
+_EARLY = 64
+# Counts wait so long for their place in the histogram to come near.
+_WAITING = np.uint64(16)
+
+
+@njit
+def object_kernel(
+    refs: I32, indptr: I64, last_tokens: I32, block_size: int, first_counted: int, hits: I64, short: I64,
+    last: U32, bits: U64, lines: I16, nodes: I32, areas: I64,
+) -> None:  # fmt: skip
+    """`object` semantics: every reference is a lookup. Those of requests from `first_counted` on are counted; an
+    empty `short` says that every block is full."""
+    now, live = ZERO, 0
+    n = refs.size
+    waiting = np.zeros(_WAITING, np.int64)
+    counted = ZERO
+    for r in range(indptr.size - 1):
+        end = indptr[r + 1]
+        for i in range(indptr[r], end):
+            if i + _SLOT_AHEAD < n:
+                prefetch(last, np.intp(np.uint32(refs[i + _SLOT_AHEAD])))
+                ahead = last[np.intp(np.uint32(refs[i + _BITS_AHEAD]))]
+                if ahead != NEVER:
+                    prefetch(bits, np.intp(np.uint64(ahead) >> WORD))
+            key = np.intp(np.uint32(refs[i]))
+            if last[key] == NEVER:
+                live += 1
+            else:
+                slot = np.uint64(last[key])
+                needed = live - count_before(slot, bits, lines, nodes, areas)
+                remove(slot >> WORD, ONE << (slot & LOW), 1, now, bits, lines, nodes, areas)
+                if r >= first_counted:
+                    prefetch(hits, needed)
+                    place = np.intp(counted % _WAITING)
+                    if counted >= _WAITING:
+                        hits[waiting[place]] += 1
+                    waiting[place] = needed
+                    counted += ONE
+                    if short.size and i == end - 1:
+                        short[needed] += block_size - last_tokens[r]
+            last[key] = np.uint32(now)
+            bits[now >> WORD] |= ONE << (now & LOW)
+            now += ONE
+            if now & IN_LINE == ZERO:
+                now = open_line(now, live, last, bits, lines, nodes, areas)
+    for i in range(min(counted, _WAITING)):
+        hits[waiting[i]] += 1
+
+
+@njit(cache=False, forceinline=True)
+def use_again(
+    refs: I32, start: int, stop: int, now: np.uint64, live: int,
+    last: U32, bits: U64, lines: I16, nodes: I32, areas: I64,
+) -> tuple[np.uint64, int]:  # fmt: skip
+    """Moves the blocks `refs[start:stop]` to the top of the stack, the tail first. Returns (now, live).
+
+    Blocks that were used together last time have neighbouring slots: all of a word are removed at once.
+    """
+    word, mask, count = ZERO, ZERO, 0
+    for p in range(stop - 1, start - 1, -1):
+        key = np.intp(np.uint32(refs[p]))
+        if last[key] == NEVER:
+            live += 1
+        else:
+            slot = np.uint64(last[key])
+            if slot >> WORD != word and count:
+                remove(word, mask, count, now, bits, lines, nodes, areas)
+                mask, count = ZERO, 0
+            word = slot >> WORD
+            mask |= ONE << (slot & LOW)
+            count += 1
+        last[key] = np.uint32(now)
+        bits[now >> WORD] |= ONE << (now & LOW)
+        now += ONE
+        if now & IN_LINE == ZERO:
+            if count:
+                remove(word, mask, count, now - ONE, bits, lines, nodes, areas)
+                mask, count = ZERO, 0
+            now = open_line(now, live, last, bits, lines, nodes, areas)
+    if count:
+        remove(word, mask, count, now, bits, lines, nodes, areas)
+    return now, live
+
+
+@njit(cache=False, forceinline=True)
+def look_up(
+    refs: I32, start: int, stop: int, end: int, tokens_lacking: int, counted: bool, live: int, pinned: int, pins: I32,
+    hits: I64, short: I64, last: U32, bits: U64, lines: I16, nodes: I32, areas: I64,
+) -> None:  # fmt: skip
+    """Counts the lookup of `refs[start:stop]`, the first blocks of a chain that ends at `end`.
+
+    A block hits where all blocks before it do, so it needs the deepest of them: in a chain the deepest is the block
+    itself, since the tail is always used before the head. A pinned block is there whatever the capacity.
+    """
+    deepest, depth, before = 0, 0, NEVER
+    for p in range(start, stop):
+        key = np.intp(np.uint32(refs[p]))
+        if pins.size and pins[key] > 0:
+            depth, before = 0, NEVER
+        else:
+            slot = last[key]
+            if slot == NEVER:
+                return
+            if before != NEVER and slot + np.uint32(1) == before:
+                depth += 1  # used together last time: neighbours
+            else:
+                depth = pinned + live - count_before(np.uint64(slot), bits, lines, nodes, areas)
+            before = slot
+        deepest = max(deepest, depth)
+        if counted:
+            hits[deepest] += 1
+            if short.size and p == end - 1:
+                short[deepest] += tokens_lacking
+
+
+@njit
+def import_kernel(
+    refs: I32, indptr: I64, prompt_blocks: I32, hit_cap: I32, last_tokens: I32, block_size: int, first_counted: int,
+    hits: I64, short: I64,
+    last: U32, bits: U64, lines: I16, nodes: I32, areas: I64,
+) -> None:  # fmt: skip
+    """`prefix` semantics where each request ends before the next begins."""
+    now, live = ZERO, 0
+    no_pins = np.zeros(0, np.int32)
+    n = refs.size
+    for r in range(indptr.size - 1):
+        start, end = indptr[r], indptr[r + 1]
+        for p in range(end, min(2 * end - start, n)):  # the next request, if it is as long as this one
+            prefetch(last, np.intp(np.uint32(refs[p])))
+        stop = start + min(prompt_blocks[r], hit_cap[r])
+        lacking = block_size - last_tokens[r]
+        look_up(
+            refs, start, stop, end, lacking, r >= first_counted, live, 0, no_pins,
+            hits, short, last, bits, lines, nodes, areas,
+        )  # fmt: skip
+        now, live = use_again(
+            refs, start, end, now, live, last, bits, lines, nodes, areas
+        )  # fmt: skip
+
+
+@njit
+def recorded_kernel(
+    refs: I32, indptr: I64, prompt_blocks: I32, hit_cap: I32, last_tokens: I32, block_size: int,
+    events: I64, first_counted: int, pins: I32, hits: I64, short: I64,
+    last: U32, bits: U64, lines: I16, nodes: I32, areas: I64,
+) -> int:  # fmt: skip
+    """`prefix` semantics where requests overlap (`events` as in `prefix_driver`) and pin what they hold.
+
+    Pinned blocks leave the stack and come back when the last request lets go of them. Counts the admissions from event
+    `first_counted` on. `pins` int32[n_identities], all 0 at first. Returns the most blocks that were pinned at
+    a time.
+
+    Why this is exact from that capacity on: every missing block then finds a place, so the cache holds min(capacity,
+    distinct blocks so far) blocks at any time; which of the unpinned ones it has lost depends only on the order in
+    which they were let go. So they are the top of the stack, as many as the pinned ones leave room for.
+    """
+    now, live = ZERO, 0
+    pinned, most_pinned = 0, 0
+    for e in range(events.size):
+        if e + 1 < events.size:
+            upcoming = abs(events[e + 1]) - 1
+            for p in range(indptr[upcoming], min(indptr[upcoming + 1], indptr[upcoming] + _EARLY)):
+                prefetch(last, np.intp(np.uint32(refs[p])))
+                prefetch(pins, np.intp(np.uint32(refs[p])))
+        r = abs(events[e]) - 1
+        start, end = indptr[r], indptr[r + 1]
+        middle = start + prompt_blocks[r]
+        if events[e] > 0:
+            stop = start + min(prompt_blocks[r], hit_cap[r])
+            lacking = block_size - last_tokens[r]
+            look_up(
+                refs, start, stop, end, lacking, e >= first_counted, live, pinned, pins,
+                hits, short, last, bits, lines, nodes, areas,
+            )  # fmt: skip
+            taken_from, taken_to = start, middle
+        else:
+            taken_from, taken_to = middle, end
+        word, mask, count = ZERO, ZERO, 0
+        for p in range(taken_from, taken_to):
+            key = np.intp(np.uint32(refs[p]))
+            if pins[key] == 0:
+                pinned += 1
+                if last[key] != NEVER:
+                    slot = np.uint64(last[key])
+                    last[key] = NEVER
+                    if slot >> WORD != word and count:
+                        remove(word, mask, count, now, bits, lines, nodes, areas)
+                        live -= count
+                        mask, count = ZERO, 0
+                    word = slot >> WORD
+                    mask |= ONE << (slot & LOW)
+                    count += 1
+            pins[key] += 1
+        if count:
+            remove(word, mask, count, now, bits, lines, nodes, areas)
+            live -= count
+        most_pinned = max(most_pinned, pinned)
+        if events[e] < 0:
+            for p in range(end - 1, start - 1, -1):
+                key = np.intp(np.uint32(refs[p]))
+                pins[key] -= 1
+                if pins[key] == 0:
+                    pinned -= 1
+                    live += 1
+                    last[key] = np.uint32(now)
+                    bits[now >> WORD] |= ONE << (now & LOW)
+                    now += ONE
+                    if now & IN_LINE == ZERO:
+                        now = open_line(now, live, last, bits, lines, nodes, areas)
+    return most_pinned
