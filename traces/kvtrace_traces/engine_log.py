@@ -69,6 +69,7 @@ class EngineLog:
         self._recover = recover
         self._decoded: Decoded | None = None
         self.raw: NDArray[np.int32] | None = None  # content ids, once decoded
+        self.raw_hashes: NDArray[np.uint64] | None = None  # what stands in the log for each of them
         self._end_events: int | None = None
         self._leave_out_copies()
         self._assemble()
@@ -234,7 +235,7 @@ class EngineLog:
         values = np.empty(int(indptr[-1]), np.int32)
         survey.by_request(owner, identities, count, indptr, values)
         if self.header.get("source") == "import" and content.many_parents(indptr, values, len(unique)):
-            self.raw = values
+            self.raw, self.raw_hashes = values, unique
             chained = np.empty(len(values), np.uint64)
             content.chain(indptr, values, unique, chained)
             values, unique = _densify(chained, len(chained))
@@ -262,14 +263,14 @@ class EngineLog:
             out.requests32[:, :total], out.requests64[:, :total], out.id_bytes,
             out.steps32[:, :steps], out.steps64[:, :steps], out.spans[:, :spans], out.lookups[:, :looked],
             out.preemptions[:, :preempted], out.preempted_at[:preempted],
-            out.events[:, :n], out.times[:n], out.kinds[:n], out.groups[:n],
+            out.events[:, :n], out.times[:n], out.kinds[:n], out.groups[:n], out.types, out.type_bytes,
         ), chains)  # fmt: skip
 
 
 def _empty_rows(counts: NDArray[np.int64]) -> rows.Rows:
     """Arrays with room for all rows that the first pass has counted."""
     total, references = int(counts[survey.N_REQUESTS]), int(counts[survey.N_REFERENCES])
-    requests32, requests64 = np.full((13, total), -1, np.int32), np.full((5, total), -1, np.int64)
+    requests32, requests64 = np.full((16, total), -1, np.int32), np.full((5, total), -1, np.int64)
     requests32[rows.R_PREEMPTIONS] = 0
     requests32[rows.R_ID_BYTES] = 0
     requests64[rows.R_TENANT] = 0
@@ -284,6 +285,7 @@ def _empty_rows(counts: NDArray[np.int64]) -> rows.Rows:
         np.empty((4, preemptions), np.int32), np.empty(preemptions, np.int64),
         np.empty((4, events), np.int32), np.empty(events, np.int64),
         np.empty(events, np.uint8), np.empty(events, np.int16),
+        np.empty((3, int(counts[survey.N_TYPES])), np.int32), np.empty(int(counts[survey.N_TYPE_BYTES]), np.uint8),
     )  # fmt: skip
 
 

@@ -9,17 +9,19 @@ import numpy as np
 from kvtrace_traces.compile import njit
 from kvtrace_traces.played import (
     C_CALL, C_CONTEXT, C_DUE, C_EMPTY, C_EPOCH, C_EXPLICIT_AT, C_ID_AT, C_INSIDE, C_OUTPUT, C_OWNER_AT, C_OWNERS,
-    C_PREEMPTED, C_REQUESTS, C_RUNNING, C_SET, C_SPECIAL, C_STEP, C_STEPS, C_TIME, C_WAITING, C_WHOLE, Q_PLACE, enter,
+    C_PREEMPTED, C_REQUESTS, C_RUNNING, C_SET, C_SPECIAL, C_STEP, C_STEPS, C_TIME, C_TYPES, C_WAITING, C_WHOLE, Q_PLACE,
+    enter,
     event, held, leave, preempt, time_of,
 )  # fmt: skip
 from kvtrace_traces.rows import (
     ALLOCATED, EVICTED, FILLED, FREED, HITS, LOADED, R_ARRIVAL_NS, R_ARRIVAL_S, R_ARRIVAL_STEP, R_FLAGS, R_ID_AT,
-    R_ID_BYTES, R_MAX, R_OUTPUT, R_PRIORITY, R_PROMPT, R_TENANT, RESET, STORED,
+    R_ID_BYTES, R_MAX, R_OUTPUT, R_PARENT, R_PRIORITY, R_PROMPT, R_TENANT, R_TURN, R_TYPE, RESET, STORED, T_AT, T_BYTES,
+    T_NUMBER,
 )  # fmt: skip
 from kvtrace_traces.schema import REQUEST_FINISHED
 from kvtrace_traces.survey import (
-    KEY_WORDS, REQ_WORDS, X_ALLOC, X_EVICT, X_FILL, X_FREE, X_HIT, X_IDS, X_LOAD, X_LOST, X_RESET, X_SKIP,
-    X_STORE, X_TIME,
+    KEY_WORDS, REQ_WORDS, X_ABOUT, X_ALLOC, X_EVICT, X_FILL, X_FREE, X_HIT, X_IDS, X_LOAD, X_LOST, X_RESET, X_SKIP,
+    X_STORE, X_TIME, X_TYPE, X_WHEN,
 )  # fmt: skip
 
 
@@ -95,6 +97,40 @@ def extended(words, at, n, state, per, members, holds, explicit_ids, out):
             state[C_EXPLICIT_AT] += 1
             holds[block] = state[C_EPOCH] << 32 | (identity + 1)
             event(state, events, times, kinds, groups, FILLED, r, block, identity, group)
+    elif code == X_TYPE:
+        _name_type(words, at, state, out.types, out.type_bytes)
+    elif code == X_ABOUT:
+        r = np.int64(words[at + 1])
+        for i, place in enumerate((R_TYPE, R_TURN, R_PARENT)):
+            out.requests32[place, r] = np.int32(words[at + 2 + i])
+    elif code == X_WHEN:
+        _arrived(words, at, size, out.requests64)
+
+
+@njit
+def _name_type(words, at, state, types, type_bytes):
+    n = state[C_TYPES]
+    begin = np.int64(0) if n == 0 else np.int64(types[T_AT, n - 1]) + np.int64(types[T_BYTES, n - 1])
+    types[T_NUMBER, n] = words[at + 1]
+    types[T_AT, n] = begin
+    types[T_BYTES, n] = words[at + 2]
+    for i in range(np.int64(words[at + 2])):
+        type_bytes[begin + i] = (words[at + 3 + i // 4] >> np.uint32(8 * (i & 3))) & np.uint32(255)
+    state[C_TYPES] = n + 1
+
+
+@njit
+def _arrived(words, at, size, requests64):
+    r = np.int64(words[at + 1])
+    seconds = np.empty(1, np.float64)
+    bits = seconds.view(np.int64)
+    for i in range(size // 3):
+        time = time_of(words, at + 3 + 3 * i)
+        seconds[0] = time / 1e9
+        for _ in range(np.int64(words[at + 2 + 3 * i])):
+            requests64[R_ARRIVAL_NS, r] = time
+            requests64[R_ARRIVAL_S, r] = bits[0]
+            r += 1
 
 
 @njit

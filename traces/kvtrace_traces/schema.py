@@ -12,13 +12,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 FORMAT_MAJOR = 1
-FORMAT_MINOR = 0
+FORMAT_MINOR = 1
 
 
 class Column(NamedTuple):
     """A column of a table.
 
-    ``dtype``: one of ``i8 i16 i32 i64 u64 f64 bool str`` or ``enum:<name of ENUMS>``; ``unit``: what one counts in.
+    ``dtype``: one of ``i8 i16 i32 i64 u64 f64 bool str`` or ``enum:<name of ENUMS>``; ``unit``: what one counts in;
+    ``optional``: the column is there only in traces that know it.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Column(NamedTuple):
     unit: str
     doc: str
     nullable: bool = False
+    optional: bool = False
 
 
 class Table(NamedTuple):
@@ -112,6 +114,9 @@ TABLES: dict[str, Table] = {
                 Column("finish_ns", "i64", "ns", "when its last output arrived, or it was aborted", True),
                 Column("finish_reason", "enum:finish_reason", "", "why it ended", True),
                 Column("chain_granules", "i32", "granules", "identities recorded for it, prompt and output"),
+                Column("type", "str", "", "kind of work; only in imports that know it, as the next two", True, True),
+                Column("turn", "i32", "turns", "its place in its conversation, as the file counts", True, True),
+                Column("parent", "i32", "request", "the request before it in its conversation", True, True),
             ),
         ),
         Table(
@@ -284,6 +289,21 @@ EXT_OPS: dict[str, Op] = {
         Op("IDS", 12, "", "*id u64", "an import: each id is a finished request of one block"),
         Op("STORE", 13, "", "request, tier, bytes u64, done ns u64, *block", "blocks are copied to a slower tier"),
         Op("LOAD", 14, "", "request, tier, bytes u64, done ns u64, *block", "blocks are copied back"),
+        Op("TYPE", 16, "", "number, type bytes, *type", "an import: names a type of requests, for ABOUT"),
+        Op(
+            "ABOUT",
+            17,
+            "",
+            "request, type, turn, parent",
+            "an import: what is known of a request's conversation, 2^32-1 for what is not",
+        ),
+        Op(
+            "WHEN",
+            18,
+            "",
+            "request, *(n, time u64)",
+            "an import: from this one on, n requests arrived at time, and so on",
+        ),
     )
 }
 

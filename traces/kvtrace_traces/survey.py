@@ -20,16 +20,17 @@ FREE, PREEMPT, FINISH, BEGIN, SCHED = (OPS[n].code for n in ("FREE", "PREEMPT", 
 X_TIME, X_REQ, X_OWN, X_RESET, X_EVICT = (EXT_OPS[n].code for n in ("TIME", "REQ", "OWN", "RESET", "EVICT"))
 X_SKIP, X_INEXACT, X_ALLOC, X_HIT, X_FILL = (EXT_OPS[n].code for n in ("SKIP", "INEXACT", "ALLOCX", "HITX", "FILLX"))
 X_FREE, X_IDS, X_STORE, X_LOAD, X_LOST = (EXT_OPS[n].code for n in ("FREEX", "IDS", "STORE", "LOAD", "LOST"))
+X_TYPE, X_ABOUT, X_WHEN = (EXT_OPS[n].code for n in ("TYPE", "ABOUT", "WHEN"))
 REQ_WORDS = 12  # fixed part of EXT REQ
 KEY_WORDS = 10  # fixed part of KEY; the last says how many HELD entries there are
 
 COUNTS = (
     "requests", "id_bytes", "chain", "steps", "entries", "lookups", "preemptions", "references", "explicit", "moves",
-    "owners", "logged", "inexact", "first_logged", "key_events_lost",
+    "owners", "logged", "inexact", "first_logged", "key_events_lost", "types", "type_bytes",
 )  # fmt: skip
 (
     N_REQUESTS, N_ID_BYTES, N_CHAIN, N_STEPS, N_ENTRIES, N_LOOKUPS, N_PREEMPTIONS, N_REFERENCES, N_EXPLICIT, N_MOVES,
-    N_OWNERS, N_LOGGED, N_INEXACT, N_FIRST_LOGGED, N_KEY_LOST,
+    N_OWNERS, N_LOGGED, N_INEXACT, N_FIRST_LOGGED, N_KEY_LOST, N_TYPES, N_TYPE_BYTES,
 ) = range(len(COUNTS))  # fmt: skip
 
 
@@ -102,7 +103,7 @@ def survey(words, starts, stops, keys, gaps, use, capacity_requests, num_blocks)
     nothing missing in between. Returns ``COUNTS`` (int64) and how many commits were malformed: a frame after a gap
     that is older than what was read before it (a part of the file that stands there twice) is one of them.
     """
-    counts = np.zeros(15, np.int64)
+    counts = np.zeros(17, np.int64)
     malformed = 0
     live = False  # the state that operations are relative to is known
     fresh = True  # nothing was read yet
@@ -262,6 +263,23 @@ def survey(words, starts, stops, keys, gaps, use, capacity_requests, num_blocks)
                         counts[N_INEXACT] |= np.int64(1) << np.int64(words[at + 1])
                 elif code == X_SKIP:
                     good = size == 1
+                elif code == X_TYPE:
+                    good = (
+                        size >= 2 and np.int64(words[at + 2]) <= 4 * (size - 2) and words[at + 1] < np.uint32(1 << 31)
+                    )
+                    if good:
+                        counts[N_TYPES] += 1
+                        counts[N_TYPE_BYTES] += np.int64(words[at + 2])
+                elif code == X_ABOUT:
+                    good = size == 4 and np.int64(words[at + 1]) < requests
+                    good = good and (words[at + 4] == np.uint32(NO_REQUEST) or np.int64(words[at + 4]) < requests)
+                elif code == X_WHEN:
+                    good = size % 3 == 1
+                    if good:
+                        told = np.int64(words[at + 1])
+                        for i in range(size // 3):
+                            told += np.int64(words[at + 2 + 3 * i])
+                        good = told <= requests
                 # An unknown code is of a newer minor version: its length says how far to skip.
             elif op == OUTPUT or op == BEGIN:
                 time += operand

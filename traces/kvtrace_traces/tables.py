@@ -27,18 +27,20 @@ def dtype(column: Column) -> Any:
 
 
 def schema(table: str) -> dict[str, Any]:
-    """Polars schema of a table: column name to type."""
-    return {column.name: dtype(column) for column in TABLES[table].columns}
+    """Polars schema of a table: column name to type, without the columns that only some traces have."""
+    return {column.name: dtype(column) for column in TABLES[table].columns if not column.optional}
 
 
 def frame(table: str, columns: Mapping[str, Any]) -> pl.DataFrame:
     """A frame of ``table`` from arrays of equal length, one per column.
 
     Integers stand for nulls where they are negative and the schema allows nulls; an enum comes as its codes (-1 for
-    null); a string column as a ready Series. A missing column is a programming error (KeyError).
+    null); a string column as a ready Series. A missing column that is not optional is a programming error (KeyError).
     """
     series = []
     for column in TABLES[table].columns:
+        if column.optional and column.name not in columns:
+            continue
         values = columns[column.name]
         series.append(_series(column, values) if not isinstance(values, pl.Series) else values.alias(column.name))
     return pl.DataFrame(series)

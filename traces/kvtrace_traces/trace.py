@@ -107,6 +107,11 @@ class Trace:
         """Whether anything is missing but a clean end. A log that was cut short by a kill is not lossy."""
         return any(log.losses or log.damaged for log in self._logs)
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that were read, in order."""
+        return [segment.path for log in self._logs for segment in log.segments]
+
     def chains(self, engine_index: int | None = None) -> Chains:
         """The identities of an engine's requests (default: the first engine's)."""
         return self._log(engine_index).decode().chains
@@ -116,6 +121,12 @@ class Trace:
         log = self._log(engine_index)
         log.decode()
         return log.raw
+
+    def raw_hashes(self, engine_index: int | None = None) -> Any:
+        """uint64, by the dense ids of :meth:`raw_ids`: the ids as the import's file has them; None where those are."""
+        log = self._log(engine_index)
+        log.decode()
+        return log.raw_hashes
 
     def _log(self, engine_index: int | None) -> EngineLog:
         if engine_index is None:
@@ -146,6 +157,7 @@ class Trace:
             "bytes_per_token": head.get("bytes_per_token"),
             "bytes_per_block": head.get("bytes_per_block"),
             "prefix_caching": head.get("prefix_caching"),
+            "reuse_known": head.get("reuse_known", True),
             "scheduler": head.get("scheduler"),
             "engines": len(self._logs),
             "requests": sum(int(d.known.sum()) for d in decoded),
@@ -155,7 +167,7 @@ class Trace:
             "identities": sum(len(d.chains.hashes) for d in decoded),
             "duration_s": max((_duration_s(d) for d in decoded), default=0.0),
             "bytes": used,
-            "files": [segment.path.name for log in self._logs for segment in log.segments],
+            "files": [file.name for file in self.files],
             "logged_events": logged,
             "bytes_per_block_event": used / logged if logged else None,
             "dropped": self.dropped,
@@ -234,7 +246,7 @@ class Trace:
             columns = make(log.decode())
             length = len(next(iter(columns.values())))
             parts.append(tables.frame(table, {"engine_index": np.full(length, index, np.int16), **columns}))
-        return parts[0] if len(parts) == 1 else pl.concat(parts)
+        return parts[0] if len(parts) == 1 else pl.concat(parts, how="diagonal")
 
 
 def _duration_s(decoded: Decoded) -> float:
@@ -271,7 +283,24 @@ def _requests(decoded: Decoded) -> dict[str, Any]:
         "finish_ns": large[rows.R_FINISH_NS],
         "finish_reason": np.where(reason >= len(FINISH_REASONS), other, reason).astype(np.int8),
         "chain_granules": np.diff(decoded.chains.indptr)[chosen].astype(np.int32),
+        **_conversations(decoded, small),
     }
+
+
+def _conversations(decoded: Decoded, small: Any) -> dict[str, Any]:
+    """The columns that imports may know: type, turn and parent; none where the log tells of none."""
+    columns = small[[rows.R_TYPE, rows.R_TURN, rows.R_PARENT]]
+    if not columns.size or int(columns.max()) < 0:
+        return {}
+    numbers, starts, sizes = decoded.rows.types
+    text = decoded.rows.type_bytes.tobytes()
+    names = {
+        int(number): text[at : at + size].decode("utf-8", "replace")
+        for number, at, size in zip(numbers, starts, sizes, strict=True)
+    }
+    found, inverse = np.unique(columns[0], return_inverse=True)
+    labels = pl.Series("type", [names.get(int(number)) for number in found], dtype=pl.String)
+    return {"type": labels.gather(inverse), "turn": columns[1], "parent": columns[2]}
 
 
 def _steps(decoded: Decoded) -> dict[str, Any]:

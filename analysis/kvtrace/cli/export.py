@@ -15,7 +15,7 @@ from kvtrace.cli.traces import TRACE, exit_code, open_traces
     "export",
     epilog=examples(
         "kvtrace export parquet traces/samples/thrash.kvt -o thrash-tables",
-        "kvtrace export parquet traces/samples/thrash.kvt -o tables --force",
+        "kvtrace export mooncake traces/samples/thrash.kvt -o thrash.jsonl",
     ),
 )
 @click.argument("format_", metavar="FORMAT")
@@ -32,7 +32,8 @@ from kvtrace.cli.traces import TRACE, exit_code, open_traces
 def command(format_: str, trace: Path, out: Path, force: bool) -> int:
     """Write a trace in another tool's format.
 
-    `parquet` makes a folder with one file per table.
+    `parquet` makes a folder with one file per table. `csv`, `mooncake` and `oracle-general` write the references
+    of one engine: which blocks each request looked up, in order of arrival.
     """
     from kvtrace_traces import exporters
 

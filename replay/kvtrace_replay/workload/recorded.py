@@ -39,6 +39,11 @@ def from_trace(trace: Any, block_size: int | None = None, engine_index: int | No
     """
     header = _header(trace, engine_index)
     engine_index = int(header["engine_index"])
+    if header.get("reuse_known") is False:
+        raise KvtraceError(
+            f"{trace.path} has times and lengths alone ({header.get('format')}): which blocks are the same is not "
+            "known, so there is nothing to replay"
+        )
     own_size = int(header["block_size"])
     granule = int(header.get("granule") or own_size)
     size = own_size if block_size is None else block_size
@@ -67,9 +72,13 @@ def from_trace(trace: Any, block_size: int | None = None, engine_index: int | No
 
     indptr = np.zeros(lengths.size + 1, np.int64)
     np.cumsum(lengths, out=indptr[1:])
-    entries = _entries(starts, available, indptr, stride)
     ids = np.ascontiguousarray(chains.identities, np.int32)
-    identities, n_identities = _densify(ids[entries], int(ids.max()) + 1 if ids.size else 0)
+    n_identities = int(ids.max()) + 1 if ids.size else 0
+    if _as_they_stand(rows, lengths, indptr, chains.indptr):
+        entries, identities = None, ids
+    else:
+        entries = _entries(starts, available, indptr, stride)
+        identities, n_identities = _densify(ids[entries], n_identities)
     last_tokens = np.full(lengths.size, size, np.int32)
     if not recorded:
         some = lengths > 0
@@ -85,7 +94,7 @@ def from_trace(trace: Any, block_size: int | None = None, engine_index: int | No
         prompt_tokens=prompt_tokens,
         last_tokens=last_tokens,
         schedule=_schedule(trace, requests, engine_index) if recorded else None,
-        raw=_raw(trace, header, engine_index, starts, available, indptr, stride),
+        raw=_raw(trace, header, engine_index, starts, available, indptr, stride, entries),
         block_size=size,
         n_identities=n_identities,
         source="recorded" if recorded else "import",
@@ -97,10 +106,20 @@ def from_trace(trace: Any, block_size: int | None = None, engine_index: int | No
     )
 
 
+def _as_they_stand(rows: I64, lengths: I64, indptr: I64, chain_indptr: npt.NDArray[Any]) -> bool:
+    """Whether the workload's references are the trace's granules, all of them: then they are dense already."""
+    return (
+        rows.size == len(chain_indptr) - 1
+        and indptr[-1] == chain_indptr[-1]
+        and bool((rows == np.arange(rows.size)).all())
+        and bool((lengths == np.diff(chain_indptr)).all())
+    )
+
+
 def _arrivals(requests: pl.DataFrame) -> I64 | None:
-    """When the requests arrived; None where the trace has no times (an import without them has all of them 0)."""
+    """When the requests arrived; None where the trace does not know it of all of them (-1), or they are all 0."""
     times = _column(requests, "arrival_ns", np.int64)
-    return times if times is not None and times.any() else None
+    return times if times is not None and times.any() and (times >= 0).all() else None
 
 
 def _held_tokens(requests: pl.DataFrame) -> I64:
@@ -204,6 +223,7 @@ def _raw(
     available: I64,
     indptr: I64,
     stride: int,
+    entries: I64 | None,
 ) -> I32 | None:
     """Dense content ids of the blocks, where the trace has them; a block of several granules is the tuple
     of theirs."""
@@ -214,8 +234,10 @@ def _raw(
     if stride > 1:
         grouped = _group(ids, starts, available, indptr, stride)
         ids = np.unique(grouped, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int32)
+    elif entries is not None:
+        ids = ids[entries]
     else:
-        ids = ids[_entries(starts, available, indptr, stride)]
+        return ids
     dense: I32 = _densify(ids, int(ids.max()) + 1 if ids.size else 0)[0]
     return dense
 

@@ -152,7 +152,9 @@ def load(path: str | Path, key: str | None = None) -> Workload | None:
         if key is not None and told["key"] != key:
             return None
         begin, found = _begin(size), told["arrays"]
-        arrays = {name: _map(path, length, begin, *found[name]) if name in found else None for name in _ARRAYS}
+        arrays: dict[str, Any] = {
+            name: _map(path, length, begin, *found[name]) if name in found else None for name in _ARRAYS
+        }
         return Workload(**arrays, **told["scalars"])
     except (ValueError, KeyError, TypeError) as error:
         raise KvtraceError(f"{path} is damaged: remove it") from error

@@ -79,6 +79,8 @@ class Reader:
         self.without_output: list[Row] = []
         self.preempted = self.empty = self.begun = 0
         self.resumed = True
+        self.types: dict[int, str] = {}
+        self.about: dict[int, tuple[int, int, int]] = {}
 
     # ---- chains are read first: a later part of the log tells what is in a block
 
@@ -407,11 +409,38 @@ class Reader:
         number, tokens, blocks = w.many(3)
         self.preempt(number, tokens, blocks)
 
+    def ext16(self, w: Words) -> None:  # TYPE
+        number, size = w.many(2)
+        self.types[number] = struct.pack(f"<{len(w.words) - w.at}I", *w.words[w.at :])[:size].decode()
+
+    def ext17(self, w: Words) -> None:  # ABOUT
+        number = w.one()
+        kind, turn, parent = (-1 if word == UNKNOWN else word for word in w.many(3))
+        self.about[number] = kind, turn, parent
+
+    def ext18(self, w: Words) -> None:  # WHEN
+        number = w.one()
+        while w:
+            n, time = w.one(), w.long()
+            for row in (self.request(r).row for r in range(number, number + n)):
+                if row is not None:
+                    row["arrival_ns"], row["arrival_s"] = time, time / 1e9
+            number += n
+
+    def known_of(self, number: int) -> Row:
+        """type, turn and parent of a request, in traces that tell of any."""
+        if not any(value >= 0 for told in self.about.values() for value in told):
+            return {}
+        kind, turn, parent = self.about.get(number, (-1, -1, -1))
+        return {
+            "type": self.types.get(kind), "turn": None if turn < 0 else turn, "parent": None if parent < 0 else parent
+        }  # fmt: skip
+
     def tables(self) -> dict[str, list[Row]]:
         rows = [
             {**request.row, "cached_tokens": request.cached, "preemptions": request.preemptions,
-             "chain_granules": len(request.chain)}
-            for request in self.requests
+             "chain_granules": len(request.chain), **self.known_of(number)}
+            for number, request in enumerate(self.requests)
             if request.row is not None
         ]  # fmt: skip
         return {

@@ -144,6 +144,7 @@ class Engine:
         self.frame()
         if self.s.ids:
             self.ext("IDS", *[self.rng.getrandbits(32) for _ in range(2 * self.s.ids)])
+            self.tell(self.requests, self.s.ids)
             self.requests += self.s.ids
         for _ in range(self.s.steps):
             self.outside()
@@ -154,6 +155,18 @@ class Engine:
             if self.rng.random() < 0.5:
                 self.commit()
         self.commit()
+
+    def tell(self, first: int, many: int) -> None:
+        """What an import knows: types by name, when its requests came, and their conversations."""
+        rng = self.rng
+        for number in rng.sample(range(5), 2):
+            name = rng.choice(["text", "größe", ""]).encode()
+            padded = name + b"\0" * (-len(name) % 4)
+            self.ext("TYPE", number, len(name), *struct.unpack(f"<{len(padded) // 4}I", padded))
+        runs = [w for _ in range(rng.randrange(3)) for w in (1, rng.getrandbits(32), rng.choice([0, 9]))]
+        self.ext("WHEN", first + rng.randrange(many - 1), *runs)
+        for r in rng.sample(range(first, first + many), rng.randrange(many)):
+            self.ext("ABOUT", r, rng.choice([UNKNOWN, *range(5)]), rng.choice([UNKNOWN, 3]), rng.choice([UNKNOWN, 0]))
 
     def outside(self) -> None:
         rng = self.rng

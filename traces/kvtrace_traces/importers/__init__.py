@@ -8,56 +8,53 @@ import os
 import pkgutil
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvtrace_traces.errors import KvtraceError, UsageError
-from kvtrace_traces.importers.requests import Record, RequestWriter
-from kvtrace_traces.writer import write_file
+from kvtrace_traces.importers.batches import Piece
+from kvtrace_traces.importers.source import Options, Progress, Source
 
-Reader = Callable[["Source"], Iterator[Record]]
-Progress = Callable[[int, int], None]
+__all__ = ["Importer", "Options", "Source", "formats", "importer", "run"]
 
-
-class Source(NamedTuple):
-    """A file to import. ``lines()`` yields ``(number, line)``; ``block_size`` is what the user gave, if anything."""
-
-    path: Path
-    block_size: int | None
-    progress: Progress | None
-
-    def lines(self) -> Iterator[tuple[int, bytes]]:
-        """The lines of the file that are not blank, numbered from 1."""
-        total = self.path.stat().st_size
-        done = 0
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                done += len(line)
-                if self.progress is not None and number % 4096 == 0:
-                    self.progress(done, total)
-                if line.strip():
-                    yield number, line
+Reader = Callable[[Source], Iterator[Piece]]
 
 
 class Importer(NamedTuple):
-    """A registered format. ``read`` yields records, bad ones included (``Record.bad``), so that reading can go on after
-    them; ``granule(source)``: tokens a block."""
+    """A registered format.
+
+    ``read`` yields requests, bad records in their places, so that reading can go on after them; ``granule(source)``:
+    tokens an id stands for; ``takes``: the options it understands; ``folder``: pattern of the files it takes from a
+    folder, if it takes one; ``reuse``: whether its records tell which blocks are the same.
+    """
 
     name: str
     summary: str
     read: Reader
     granule: Callable[[Source], int]
+    takes: Collection[str]
+    folder: str | None
+    reuse: bool
 
+
+BLOCK_TOKENS = 16  # vLLM's default, where neither the user nor the file names one
 
 _FORMATS: dict[str, Importer] = {}
 
 
-def importer(name: str, summary: str, granule: Callable[[Source], int]) -> Callable[[Reader], Reader]:
-    """Register a generator of :class:`Record` as the importer of format ``name``."""
+def importer(
+    name: str,
+    summary: str,
+    granule: Callable[[Source], int],
+    takes: Collection[str] = ("block_size",),
+    folder: str | None = None,
+    reuse: bool = True,
+) -> Callable[[Reader], Reader]:
+    """Register a generator of :data:`batches.Piece` as the importer of format ``name``; see :class:`Importer`."""
 
     def register(read: Reader) -> Reader:
-        _FORMATS[name] = Importer(name, summary, read, granule)
+        _FORMATS[name] = Importer(name, summary, read, granule, takes, folder, reuse)
         return read
 
     return register
@@ -78,28 +75,30 @@ def run(
     force: bool = False,
     progress: Progress | None = None,
     block_size: int | None = None,
+    granule: int | None = None,
+    tokenizer: str | None = None,
+    columns: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Import ``src`` as ``out``. Returns a summary for people: requests, references, left_out, content_ids,
-    odd_lengths (requests whose number of ids is not that of their prompt's blocks), ...
+    """Import ``src`` as ``out``. Returns a summary for people: requests, references, left_out, content_ids (whether
+    ids name content alone; None: not found out), odd_lengths (requests whose number of ids is not that of their
+    prompt's blocks), untimed, backwards (requests that arrived before the one before them), reuse_known, notes, ...
 
-    Raises :class:`UsageError` for an unknown format or an output that exists, :class:`KvtraceError` for a bad record
-    (naming line and reason) unless ``skip_bad``. Nothing is left behind after an error.
+    Raises :class:`UsageError` for an unknown format, an option that the format does not take or an output that
+    exists, :class:`KvtraceError` for a bad record (naming line and reason) unless ``skip_bad``. Nothing is left
+    behind after an error.
     """
+    from kvtrace_traces.importers.requests import RequestWriter
+    from kvtrace_traces.writer import write_file
+
     src, out = Path(src), Path(out)
-    known = formats()
-    if format not in known:
-        near = difflib.get_close_matches(format, known, 1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UsageError(f"unknown format {format!r}: {hint}formats are {', '.join(known)}")
-    if not src.is_file():
-        raise KvtraceError(f"{src} is not a file" if src.exists() else f"{src} does not exist")
+    chosen = _find(format)
+    options = Options(block_size, granule, tokenizer, columns or {})
+    _check_options(chosen, options)
     if out.exists() and (out.is_dir() or not force):
         raise UsageError(f"{out} exists: " + ("give a file name" if out.is_dir() else "--force replaces it"))
-    if block_size is not None and block_size < 1:
-        raise UsageError(f"--block-size {block_size}: a block has at least one token")
-    chosen = known[format]
-    source = Source(src, block_size, progress)
-    granule = chosen.granule(source)
+    source = Source(src, _files(chosen, src), options, progress)
+    source.granule = chosen.granule(source)
+    source.rewind()
     header: dict[str, Any] = {
         "source": "import",
         "format": format,
@@ -112,32 +111,83 @@ def run(
         "clock_wall_ns": 0,
         "imported_from": src.name,
         "model": None,
-        "block_size": granule,
-        "granule": granule,
+        "block_size": _block_size(chosen, source),
+        "granule": source.granule,
         "num_blocks": 0,
         "bytes_per_block": None,
         "prefix_caching": True,
+        "reuse_known": chosen.reuse,
         "inexact": [],
     }
-    writer = RequestWriter(chosen.read(source), skip_bad, src, granule)
+    writer = RequestWriter(chosen.read(source), skip_bad, source)
     target = out.with_name(out.name + f".{os.getpid()}.part") if out.exists() else out
     try:
-        write_file(str(target), header, writer.bodies, writer.end)
+        written = write_file(str(target), header, writer.bodies, writer.end)
+        source.finish()
         if target != out:
             os.replace(target, out)
     except OSError as error:
         raise KvtraceError(f"{out}: {error.strerror}") from None
-    from kvtrace_traces.trace import open_trace
-
     return {
         "format": format,
         "path": str(out),
-        "block_size": granule,
+        "block_size": header["block_size"],
+        "granule": source.granule,
         "requests": writer.requests,
         "references": writer.references,
+        "reuse_known": chosen.reuse,
         "left_out": writer.left_out,
         "first_left_out": writer.first_bad,
-        "odd_lengths": writer.odd_lengths,
-        "content_ids": open_trace(out).raw_ids() is not None,
-        "bytes": out.stat().st_size,
+        "odd_lengths": writer.odd_lengths if chosen.reuse else 0,
+        "untimed": writer.untimed,
+        "backwards": writer.backwards,
+        "content_ids": writer.parents.several,
+        "notes": source.notes,
+        "bytes": written,
     }
+
+
+def _find(format: str) -> Importer:
+    known = formats()
+    if format not in known:
+        near = difflib.get_close_matches(format, known, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UsageError(f"unknown format {format!r}: {hint}formats are {', '.join(known)}")
+    return known[format]
+
+
+def _check_options(chosen: Importer, options: Options) -> None:
+    for name, value in vars(options).items():
+        if value and name not in chosen.takes:
+            takers = ", ".join(other.name for other in formats().values() if name in other.takes)
+            raise UsageError(f"--{name.replace('_', '-')} means nothing to format {chosen.name}: it is for {takers}")
+    for name in ("block_size", "granule"):
+        value = getattr(options, name)
+        if value is not None and not 1 <= value <= 1 << 24:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: it must lie between 1 and {1 << 24:,} tokens")
+
+
+def _block_size(chosen: Importer, source: Source) -> int:
+    """The block size of the trace: a multiple of the granule, where a format makes its identities itself."""
+    granule = source.granule
+    if "granule" not in chosen.takes:
+        return granule
+    size = source.options.block_size or (BLOCK_TOKENS if BLOCK_TOKENS % granule == 0 else granule)
+    if size % granule:
+        raise UsageError(f"--block-size {size} is no multiple of --granule {granule}: give one that is")
+    return size
+
+
+def _files(chosen: Importer, src: Path) -> list[Path]:
+    if src.is_dir() and chosen.folder is not None:
+        files = sorted(path for path in src.glob(chosen.folder) if path.is_file())
+        if not files:
+            raise KvtraceError(f"{src} holds no {chosen.folder}: there is nothing to import")
+        return files
+    if src.is_dir():
+        raise KvtraceError(f"{src} is a folder: format {chosen.name} takes a file")
+    if not src.exists():
+        raise KvtraceError(f"{src} does not exist")
+    if not src.is_file():
+        raise KvtraceError(f"{src} is not a file")
+    return [src]

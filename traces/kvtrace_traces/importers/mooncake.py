@@ -7,66 +7,72 @@ with another block size may say so in a field ``block_size``.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator
-from typing import Any
 
-from kvtrace_traces.importers import Source, importer
-from kvtrace_traces.importers.requests import MAX_ID, Record
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtrace_traces.importers import importer
+from kvtrace_traces.importers.batches import Bad, Batch, Piece, Record
+from kvtrace_traces.importers.columns import ABSENT, MILLISECONDS, WHOLE, Columns, stream
+from kvtrace_traces.importers.fields import (
+    block_size_of,
+    checked_block_size,
+    ids_of,
+    lines_of,
+    name_of,
+    time_of,
+    tokens_of,
+)
+from kvtrace_traces.importers.json_lines import scanner
+from kvtrace_traces.importers.source import Lines, Source
 
 BLOCK_TOKENS = 512
-MAX_TOKENS = (1 << 31) - 1
+FIELDS = ("timestamp", "input_length", "output_length", "hash_ids", "block_size", "request_id", "session_id")
+_STAMP, _INPUT, _OUTPUT, _IDS, _BLOCK, _REQUEST, _SESSION = range(len(FIELDS))
 
 
-def _granule(source: Source) -> int:
-    if source.block_size is not None:
-        return source.block_size
-    for _, line in source.lines():
-        try:
-            value = json.loads(line).get("block_size")
-        except (ValueError, AttributeError, RecursionError):
-            continue
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
-        break
-    return BLOCK_TOKENS
+@importer(
+    "mooncake", "Mooncake JSONL: timestamp, input_length, output_length, hash_ids",
+    granule=lambda source: source.options.block_size or block_size_of(source, "block_size", BLOCK_TOKENS),
+)  # fmt: skip
+def read(source: Source) -> Iterator[Piece]:
+    """One request a line."""
+
+    def careful(lines: Lines, number: int, line: bytes) -> Record | Bad:
+        return lines_of(lines, number, line, lambda row: record(source, row))
+
+    return stream(source, scanner(*FIELDS, ids="hash_ids"), lambda columns: accept(source, columns), careful)
 
 
-@importer("mooncake", "Mooncake JSONL: timestamp, input_length, output_length, hash_ids", _granule)
-def read(source: Source) -> Iterator[Record]:
-    """Yield one record per line."""
-    for number, line in source.lines():
-        try:
-            row = json.loads(line)
-        except UnicodeDecodeError:
-            yield Record(number, (), bad="it is not UTF-8")
-            continue
-        except (ValueError, RecursionError):
-            yield Record(number, (), bad="it is not JSON")
-            continue
-        yield _record(number, row)
+def accept(source: Source, columns: Columns) -> tuple[NDArray[np.bool_], Batch]:
+    """The lines of a chunk that are plain records of Mooncake's."""
+    good, indptr = columns.lists(_IDS)
+    fine, prompt = columns.tokens(_INPUT)
+    good &= fine
+    fine, output = columns.tokens(_OUTPUT, absent=0)
+    good &= fine
+    fine, arrival = columns.time(_STAMP, MILLISECONDS)
+    good &= fine
+    if source.options.block_size is None:
+        same = (columns.kinds[_BLOCK] == WHOLE) & (columns.values[_BLOCK] == np.uint64(source.granule))
+        good &= same | (columns.kinds[_BLOCK] == ABSENT)
+    fine, starts, sizes = columns.text(_REQUEST)
+    good &= fine
+    fine, more_starts, more_sizes = columns.text(_SESSION)
+    good &= fine
+    unnamed = columns.kinds[_REQUEST] == ABSENT
+    starts, sizes = np.where(unnamed, more_starts, starts), np.where(unnamed, more_sizes, sizes)
+    return good, Batch(arrival, prompt, output, indptr, columns.ids, columns.lines.data, starts, sizes)
 
 
-def _record(number: int, row: Any) -> Record:
-    if not isinstance(row, dict):
-        return Record(number, (), bad="it is not a JSON object")
-    ids = row.get("hash_ids")
-    if not isinstance(ids, list):
-        return Record(number, (), bad="hash_ids is not a list")
-    for value in ids:
-        if type(value) is not int or not 0 <= value <= MAX_ID:
-            return Record(number, (), bad=f"hash_ids holds {value!r}, which is no whole number from 0 to 2^64-1")
-    lengths = []
-    for name in ("input_length", "output_length"):
-        value = row.get(name, 0 if name == "output_length" else None)
-        if type(value) is not int or not 0 <= value <= MAX_TOKENS:
-            return Record(number, (), bad=f"{name} is {value!r}, not a number of tokens")
-        lengths.append(value)
-    stamp = row.get("timestamp", 0)
-    if isinstance(stamp, bool) or not isinstance(stamp, (int, float)) or not math.isfinite(stamp):
-        return Record(number, (), bad=f"timestamp is {stamp!r}, not a number of milliseconds")
-    if not 0 <= stamp <= 1e15:
-        return Record(number, (), bad=f"timestamp is {stamp!r}: it must lie between 0 and 1e15 ms")
-    label = row.get("request_id", row.get("session_id", ""))
-    return Record(number, ids, round(stamp * 1e6), lengths[0], lengths[1], str(label))
+def record(source: Source, row: dict[str, object]) -> Record:
+    """The request of one line. Raises :class:`ValueError` with the reason why there is none."""
+    checked_block_size(source, row, "block_size")
+    return Record(
+        ids_of(row, "hash_ids"),
+        time_of(row, "timestamp", MILLISECONDS),
+        tokens_of(row, "input_length"),
+        tokens_of(row, "output_length", absent=0),
+        name_of(row, "request_id", "session_id"),
+    )
