@@ -12,6 +12,7 @@ from kvtrace import metrics
 from kvtrace.api import Trace, open
 from kvtrace_replay import of_trace
 from kvtrace_replay import replay as replay_workload
+from kvtrace_traces.errors import UsageError
 
 Capacity = int | float | str
 
@@ -23,6 +24,9 @@ def replay(
     block_size: int | Sequence[int] | None = None,
     semantics: str | Sequence[str] = "prefix",
     warmup: float = 0.0,
+    tier: str | Sequence[str] | None = None,
+    bytes_per_token: float | None = None,
+    prefill_tokens_per_s: float | None = None,
 ) -> pl.DataFrame:
     """Replay a trace's lookups through caches that were never run: one row per cell of the grid.
 
@@ -39,7 +43,18 @@ def replay(
     fragmentation (their share of all slots the requests take); a trace of several engines has engine_index in
     front. A cell that cannot be run has nulls, and says why. Raises UsageError for an unknown policy or
     semantics, or a capacity or block size that cannot be.
+
+    With `tier`, one or several texts such as `dram:20k:write=demote`, the cache is one in tiers: see
+    `kvtrace.tiers.replay_tiers`, which takes the last three arguments and gives other rows. `capacity` and
+    several policies exclude it.
     """
+    if tier is not None:
+        from kvtrace.tiers import replay_tiers
+
+        (one, *others) = several(policy)
+        if capacity is not None or others:
+            raise UsageError("with tiers, each tier has its own capacity and policy: tier='dram:20k:policy=fifo'")
+        return replay_tiers(trace, tier, one, block_size, semantics, warmup, bytes_per_token, prefill_tokens_per_s)
     opened = trace if isinstance(trace, Trace) else open(trace)
     frames = []
     for header in opened.engines:

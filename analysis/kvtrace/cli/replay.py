@@ -9,6 +9,7 @@ import click
 
 from kvtrace.cli.examples import examples
 from kvtrace.cli.output import Output, output_options
+from kvtrace.cli.tier_options import Tiers, tier_options
 from kvtrace.cli.traces import TRACE, exit_code, open_traces
 from kvtrace_traces.errors import UsageError
 
@@ -64,7 +65,7 @@ class Items(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.
     "replay",
     epilog=examples(
         "kvtrace replay traces/samples/thrash.kvt --policy lru,fifo,opt --capacity 25%,50%,inf",
-        "kvtrace replay traces/samples/thrash.kvt --capacity 100,1k --block-size 32,64 --json",
+        "kvtrace replay traces/samples/thrash.kvt --tier hbm:100 --tier dram:400:write=demote --json",
     ),
 )
 @click.argument("paths", nargs=-1, required=True, type=TRACE, metavar="TRACE...")
@@ -80,6 +81,7 @@ class Items(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.
               help="prefix, radix (only leaves are evicted) or object (every block reference by itself).")  # fmt: skip
 @click.option("--warmup", type=float, default=0.0, show_default=True, metavar="SHARE",
               help="Share of the requests that fill the cache before anything is counted.")  # fmt: skip
+@tier_options
 @output_options
 def command(
     paths: tuple[Path, ...],
@@ -88,6 +90,7 @@ def command(
     block_sizes: list[int] | None,
     semantics: list[str],
     warmup: float,
+    tiers: Tiers | None,
     output: Output,
 ) -> int:
     """Replay a trace's lookups in caches of other sizes and policies.
@@ -102,6 +105,8 @@ def command(
 
     if block_sizes and min(block_sizes) < 1:
         raise UsageError("a block has at least one token")
+    if tiers is not None:
+        return tiers.run(paths, policies, capacities, block_sizes, semantics, warmup, output)
     traces = open_traces(paths)
     names = distinct_names([trace.path for trace in traces])
     frames = []

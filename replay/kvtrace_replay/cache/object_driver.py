@@ -47,16 +47,16 @@ def object_driver(
         hits_before = block_hits
         last_hit = 0
         begin(tag, r, indptr[r], s0, s1, s2, s3, s4, s5, s6, s7)
-        dropped = expire(tag, indptr[r], pins, s0, s1, s2, s3, s4, s5, s6, s7)
-        while dropped >= 0:
-            if dropped >= pins.size or pins[dropped] == ABSENT:
-                totals[BAD_VICTIM] = 1
-                return
-            pins[dropped] = ABSENT
-            resident -= 1
-            totals[EXPIRED] += 1
-            dropped = expire(tag, indptr[r], pins, s0, s1, s2, s3, s4, s5, s6, s7)
         for i in range(indptr[r], indptr[r + 1]):
+            dropped = expire(tag, i, pins, s0, s1, s2, s3, s4, s5, s6, s7)
+            while dropped >= 0:
+                if dropped >= pins.size or pins[dropped] == ABSENT:
+                    totals[BAD_VICTIM] = 1
+                    return
+                pins[dropped] = ABSENT
+                resident -= 1
+                totals[EXPIRED] += 1
+                dropped = expire(tag, i, pins, s0, s1, s2, s3, s4, s5, s6, s7)
             # Through uint32: an index known to be positive needs no branch for negative ones.
             key = np.intp(np.uint32(refs[i]))
             if pins[key] != ABSENT:

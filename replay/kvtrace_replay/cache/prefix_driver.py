@@ -12,8 +12,8 @@ all. Imports have each finish right after its admission, so one driver serves bo
 Within steps 1 and 3 the tail comes before the head, so that the head is the younger one whatever the
 policy orders by.
 
-Imports know no lifetimes, so that nothing need be held. Where a policy's order does not depend on use (`in_order`), their
-blocks are simply placed one by one in chain order, and a request's own blocks may be evicted for its others.
+Imports know no lifetimes, so that nothing need be held. Where a policy's order does not depend on use (`in_order`),
+their blocks are simply placed one by one in chain order, and a request's own blocks may be evicted for its others.
 
 *Letting go*: each block is unpinned, the tail first; the last request that held it makes it evictable again.
 """
@@ -210,9 +210,7 @@ def prefix_driver(
         else:
             start = middle
         if in_order:
-            place_in_order(
-                tag, refs, start, stop, capacity, uses, seen, pins, totals, s0, s1, s2, s3, s4, s5, s6, s7
-            )
+            place_in_order(tag, refs, start, stop, capacity, uses, seen, pins, totals, s0, s1, s2, s3, s4, s5, s6, s7)
             if totals[BAD_VICTIM]:
                 return
         elif start < stop and take(

@@ -1,13 +1,14 @@
 """FIFO: first in, first out.
 
 Resident blocks stand in a queue in the order in which they were placed; using a block does not move it;
-the victim is the oldest of them. In a recorded trace the tail of what a request places counts as older than the head; an
-import's blocks are placed in chain order, and none is held: hit for hit the `fifo` of `kvcache-simulator` 0.1.3.
+the victim is the oldest of them. In a recorded trace the tail of what a request places counts as older than
+the head; an import's blocks are placed in chain order, and none is held: hit for hit the `fifo` of
+`kvcache-simulator` 0.1.3.
 
-With the prefixes of a recorded trace, blocks that a running request holds are passed over. So that they are not passed over again
-and again, a held block met at the old end of the queue is set aside; when it is let go it enters a small
-heap, ordered by insertion. Everything in that heap is older than everything in the queue, so the heap is
-asked first.
+With the prefixes of a recorded trace, blocks that a running request holds are passed over. So that they are
+not passed over again and again, a held block met at the old end of the queue is set aside; when it is let go
+it enters a small heap, ordered by insertion. Everything in that heap is older than everything in the queue,
+so the heap is asked first.
 
 L. A. Belady, "A study of replacement algorithms for a virtual-storage computer", IBM Systems Journal
 5(2), 1966.

@@ -32,11 +32,11 @@ them; `setup` raises UsageError for a value that cannot be. The driver promises:
   whether it was. `unpin` follows when the last request that holds the block ends, the tail before the
   head: this is the moment that defines recency, as in vLLM, which frees a request's blocks in reverse
   (`KVCacheManager.free`, 0.32.0).
-- `begin` comes once a request, before its lookup. `expire` follows until it returns -1; what it returns must be
-  resident with `pins[block] == 0`, and must have been forgotten. `admit` is asked for each missing block, in chain
-  order, before any place is made; `pins[block] < 0` means not resident. A closed loop calls none of the three, and
-  places what the engine places: `@policy(..., open_loop=True)` says that a policy is not itself without them.
-
+- `begin` comes once a request, before its lookup. `expire` follows until it returns -1 (in `object` semantics before
+  each reference); what it returns must be resident with `pins[block] == 0`, and must have been forgotten. `admit` is
+  asked for each missing block, in chain order, before any place is made; `pins[block] < 0` means not resident. A
+  closed loop calls none of the three, and places what the engine places: `@policy(..., open_loop=True)` says that a
+  policy is not itself without them.
 - In `radix` semantics as in `prefix`, with three differences (see `cache.radix_driver`): `hit` comes in two runs,
   first for the blocks that the lookup hit, then for resident ones beyond the most it may hit; `pins[block]` is the
   number of locks and of resident blocks right below, while `pin` and `unpin` tell of locks alone; `evict` may return
@@ -248,7 +248,10 @@ def _make_tag(name: str, cls: type) -> Any:
     since compiled drivers are kept on disk under the names of their argument types."""
     module = sys.modules[cls.__module__]
     file = getattr(module, "__file__", None)
-    mark = sources_hash(file, cls.__module__.partition(".")[0])[:12] if file else uuid.uuid4().hex[:12]
+    mark = uuid.uuid4().hex[:12]
+    if file:  # its bytes besides: the other hash is taken once per file and process
+        imported = sources_hash(file, cls.__module__.partition(".")[0])
+        mark = hashlib.sha256(Path(file).read_bytes() + imported.encode()).hexdigest()[:12]
     tag_name = f"Tag_{''.join(c if c.isalnum() else '_' for c in name)}_{mark}"
     # Numba's cache pickles the class by its place in the module.
     tag_type = namedtuple(tag_name, ["code"], module=cls.__module__)  # type: ignore[misc]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from kvtrace_replay import load_policy_file, replay
-from kvtrace_replay.policies import find_policy, policies
+from kvtrace_replay import load_policy_file, policy_docs, replay
+from kvtrace_replay.policies import Stream, find_policy, policies
 from kvtrace_traces.errors import KvtraceError, UsageError
 from unit.replay.twins import make_workload
 
@@ -127,3 +129,147 @@ def test_the_state_of_a_run_is_its_own() -> None:
     workload = make_workload(np.random.default_rng(0).integers(0, 40, (50, 4)).tolist())
     first, second = (replay(workload, ["opt", "lru", "fifo"], [10, 20]) for _ in range(2))
     assert [r["block_hits"] for r in first] == [r["block_hits"] for r in second]
+
+
+# ------------------------------------------------------------------------------------------- parameters
+
+TUNED = '''
+"""Evicts by a rule that does not matter here."""
+from __future__ import annotations
+import numpy as np
+from kvtrace_replay.policies import policy
+from kvtrace_replay.structures.lists import new_lists, oldest, push_new, unlink
+from kvtrace_traces.errors import UsageError
+
+@policy("tuned", summary="a test", paper="none")
+class Tuned:
+    def setup(stream, capacity, share=0.5, rounds=3, mode="plain"):
+        if not 0 < share < 1:
+            raise UsageError(f"tuned: share={share} must lie between 0 and 1")
+        return new_lists(stream.n_identities, 1), np.array([share, rounds, mode == "plain"])
+    def insert(key, now, links, told):
+        push_new(links, links.shape[0] - 1, key)
+    def hit(key, pinned, now, links, told):
+        pass
+    def evict(key, now, pins, links, told):
+        victim = oldest(links, links.shape[0] - 1)
+        unlink(links, victim)
+        return victim
+'''
+
+
+@pytest.fixture
+def tuned(tmp_path: Path) -> Path:
+    file = tmp_path / "tuned.py"
+    file.write_text(TUNED)
+    load_policy_file(file)
+    return file
+
+
+def test_parameters_are_bound_to_the_run(tuned: Path) -> None:
+    plain, changed = find_policy("tuned"), find_policy("Tuned:share=0.25,rounds=7,mode=other")
+    assert plain.defaults == changed.defaults == {"share": 0.5, "rounds": 3, "mode": "plain"}
+    assert (plain.given, plain.called) == ({}, "tuned")
+    assert changed.given == {"share": 0.25, "rounds": 7, "mode": "other"}
+    assert changed.called == "tuned:share=0.25,rounds=7,mode=other"
+    stream = Stream(
+        np.zeros(0, np.int32), np.zeros(1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.int64), 1, "object"
+    )
+    assert plain.state(stream, 1)[1].tolist() == [0.5, 3, 1]
+    assert changed.state(stream, 1)[1].tolist() == [0.25, 7, 0]
+
+
+def test_rows_name_the_parameters(tuned: Path) -> None:
+    workload = make_workload([[0], [1], [0]])
+    rows = replay(workload, ["tuned", "tuned:rounds=4", "tuned:rounds=4,share=0.1+second-touch"], 1, "object")
+    assert [row["policy"] for row in rows] == [
+        "tuned",
+        "tuned:rounds=4",
+        "tuned:rounds=4,share=0.1+second-touch",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tuned:depth=3", "no parameter 'depth'; its parameters are share, rounds, mode"),
+        ("tuned:rounds", "'rounds' must read rounds=NUMBER"),
+        ("tuned:rounds=", "must read rounds=NUMBER, as in rounds=3"),
+        ("tuned:rounds=2.5", "must read rounds=NUMBER, as in rounds=3"),
+        ("tuned:share=much", "must read share=NUMBER, as in share=0.5"),
+        ("tuned:share=nan", "must read share=NUMBER"),
+        ("tuned:share=inf", "must read share=NUMBER"),
+        ("lru:share=1", "no parameter 'share'; it has none"),
+        ("nothing:share=1", "no policy is called 'nothing'"),
+    ],
+)
+def test_parameters_that_cannot_be_parsed(tuned: Path, name: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        find_policy(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_value_that_setup_refuses(tuned: Path) -> None:
+    with pytest.raises(UsageError, match=r"share=2\.0 must lie between 0 and 1"):
+        replay(make_workload([[0]]), "tuned:share=2", 1, "object")
+
+
+def test_the_parameters_of_every_policy_can_be_given_as_they_are_listed() -> None:
+    for entry in policies():
+        listed = ",".join(f"{name}={value}" for name, value in entry.defaults.items())
+        if listed:
+            assert find_policy(f"{entry.name}:{listed}").given == entry.defaults
+
+
+def test_a_file_and_a_class(tmp_path: Path) -> None:
+    one = tmp_path / "one.py"
+    one.write_text(TUNED.replace("tuned", "tuned-one"))
+    assert find_policy(str(one)).name == "tuned-one"
+    assert find_policy(f"{one}:Tuned").name == "tuned-one"
+    assert find_policy(f"{one}:tuned-one").name == "tuned-one"
+    assert find_policy(f"{one}:Tuned:rounds=5").called == "tuned-one:rounds=5"
+    assert find_policy(f"{one}:rounds=5").called == "tuned-one:rounds=5"
+    assert find_policy(f"{one}:Tuned+second-touch:uses=3").called == "tuned-one+second-touch:uses=3"
+    two = tmp_path / "two.py"
+    other = TUNED.replace("tuned", "tuned-b").replace("Tuned", "Other")
+    two.write_text(TUNED.replace("tuned", "tuned-a") + other[other.index("@policy") :])
+    assert find_policy(f"{two}:Other").name == "tuned-b"
+    for text in (str(two), f"{two}:Neither"):
+        with pytest.raises(UsageError, match="NAME is one of tuned-a, tuned-b"):
+            find_policy(text)
+
+
+def test_a_parameter_without_a_default(tmp_path: Path) -> None:
+    file = tmp_path / "bare.py"
+    file.write_text(TUNED.replace("share=0.5", "share"))
+    with pytest.raises(UsageError, match="parameter 'share' of setup needs a default"):
+        load_policy_file(file)
+
+
+# ------------------------------------------------------------------------------------------- the page
+
+
+def test_the_page_has_the_table_of_policies(tmp_path: Path) -> None:
+    page = tmp_path / "policies.md"
+    page.write_text(f"before\n{policy_docs.BEGIN}\nstale rows\n{policy_docs.END}\nafter\n")
+    assert policy_docs.main(["--check", "--file", str(page)]) == 1
+    assert policy_docs.main(["--write", "--file", str(page)]) == 0
+    assert policy_docs.main(["--check", "--file", str(page)]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "stale rows" not in text
+    for entry in policies():
+        assert f"| `{entry.name}` |" in text
+    page.write_text("no table")
+    assert policy_docs.main(["--write", "--file", str(page)]) == 1
+    assert policy_docs.main(["--write", "--file", str(tmp_path / "none.md")]) == 1
+
+
+def test_the_projects_page_is_up_to_date() -> None:
+    """In a process of its own: other tests load policies of theirs."""
+    root = Path(__file__).resolve().parents[3]
+    done = subprocess.run(
+        [sys.executable, "-m", "kvtrace_replay.policy_docs", "--check"], cwd=root, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -73,9 +73,7 @@ class _Driver:
         self.pins = Pins()
         self.outcome = SlowOutcome(hits=[0] * workload.n_requests)
 
-    def begin(self, r: int) -> None:
-        now = self.bounds[r]
-        self.policy.begin(r, now)
+    def expire(self, now: int) -> None:
         while (dropped := self.policy.expire(now, self.pins)) != -1:
             assert self.pins[dropped] == 0, "expired a block that is held or not resident"
             del self.pins[dropped]
@@ -99,8 +97,9 @@ class _Driver:
 
     def run_object(self) -> SlowOutcome:
         for r in range(self.workload.n_requests):
-            self.begin(r)
+            self.policy.begin(r, self.bounds[r])
             for now in range(self.bounds[r], self.bounds[r + 1]):
+                self.expire(now)
                 key = self.refs[now]
                 if key in self.pins:
                     self.policy.hit(key, False, now)
@@ -123,7 +122,8 @@ class _Driver:
             start, stop = self.bounds[r], self.bounds[r + 1]
             middle = start + int(self.workload.prompt_blocks[r])
             if event > 0:
-                self.begin(r)
+                self.policy.begin(r, start)
+                self.expire(start)
                 at = start
                 while at < min(middle, start + int(self.workload.hit_cap[r])) and self.refs[at] in self.pins:
                     self.outcome.token_hits += tokens_of(self.workload, r, at)
