@@ -6,11 +6,12 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from kvtrace import metrics
 from kvtrace.api import Trace, open
-from kvtrace_replay import of_trace
+from kvtrace_replay import Workload, of_trace, requests_of
 from kvtrace_replay import replay as replay_workload
 from kvtrace_traces.errors import UsageError
 
@@ -27,6 +28,7 @@ def replay(
     tier: str | Sequence[str] | None = None,
     bytes_per_token: float | None = None,
     prefill_tokens_per_s: float | None = None,
+    per_request: list[pl.DataFrame] | None = None,
 ) -> pl.DataFrame:
     """Replay a trace's lookups through caches that were never run: one row per cell of the grid.
 
@@ -44,6 +46,10 @@ def replay(
     front. A cell that cannot be run has nulls, and says why. Raises UsageError for an unknown policy or
     semantics, or a capacity or block size that cannot be.
 
+    A list given as `per_request` gets a frame for each cell that was run, warm-up included: policy,
+    capacity_blocks, block_size, semantics, engine_index, request, block_lookups, block_hits, token_lookups,
+    token_hits, pin_overflow (a block of it found no place, since all others were in use).
+
     With `tier`, one or several texts such as `dram:20k:write=demote`, the cache is one in tiers: see
     `kvtrace.tiers.replay_tiers`, which takes the last three arguments and gives other rows. `capacity` and
     several policies exclude it.
@@ -59,7 +65,7 @@ def replay(
     frames = []
     for header in opened.engines:
         for size in several(block_size):
-            rows = replay_engine(opened, header, policy, capacity, size, semantics, warmup)
+            rows = replay_engine(opened, header, policy, capacity, size, semantics, warmup, per_request)
             frame = pl.DataFrame(rows, infer_schema_length=None)
             if len(opened.engines) > 1:
                 index = pl.lit(header["engine_index"], dtype=pl.Int16).alias("engine_index")
@@ -76,12 +82,25 @@ def replay_engine(
     block_size: int | None = None,
     semantics: str | Sequence[str] = "prefix",
     warmup: float = 0.0,
+    per_request: list[pl.DataFrame] | None = None,
 ) -> list[dict[str, Any]]:
     """The rows of one engine of a trace (`header` is one of `trace.engines`) at one block size."""
     workload = of_trace(trace.reader, block_size=block_size, engine_index=header["engine_index"])
     wanted = default_capacities(header) if capacity is None else several(capacity)
+    tell = None
+    if per_request is not None:
+        numbers = requests_of(trace.reader, header["engine_index"])
+
+        def tell(row: dict[str, Any], hits: Any, overflowed: Any) -> None:
+            per_request.append(_of_requests(workload, header["engine_index"], numbers, row, hits, overflowed))
+
     rows = replay_workload(
-        workload, policy=several(policy), capacity=wanted, semantics=several(semantics), warmup=warmup
+        workload,
+        policy=several(policy),
+        capacity=wanted,
+        semantics=several(semantics),
+        warmup=warmup,
+        per_cell=tell,
     )
     slots = workload.empty_slots()
     waste = {
@@ -89,6 +108,28 @@ def replay_engine(
         "fragmentation": slots[0] / slots[1] if slots and slots[1] else None,
     }
     return [{**{k: v for k, v in row.items() if k != "why"}, **waste, "why": row["why"]} for row in rows]
+
+
+def _of_requests(
+    workload: Workload, engine_index: int, numbers: pl.Series, row: dict[str, Any], hits: Any, overflowed: Any
+) -> pl.DataFrame:
+    whole = row["semantics"] == "object"
+    lengths = np.diff(workload.indptr)
+    full = hits * workload.block_size
+    short = np.where((hits > 0) & (hits == lengths), workload.block_size - workload.last_tokens, 0)
+    shared = ("policy", "capacity_blocks", "block_size", "semantics")
+    return pl.DataFrame(
+        {
+            "engine_index": pl.repeat(engine_index, numbers.len(), dtype=pl.Int16, eager=True),
+            "request": numbers,
+            "block_lookups": lengths if whole else workload.prompt_blocks.astype(np.int64),
+            "block_hits": hits,
+            "token_lookups": workload.token_counts() if whole else workload.prompt_tokens,
+            # Which of its blocks a request hits is known only where they are a prefix.
+            "token_hits": pl.repeat(None, numbers.len(), dtype=pl.Int64, eager=True) if whole else full - short,
+            "pin_overflow": overflowed > 0,
+        }
+    ).select(*(pl.lit(row[name]).alias(name) for name in shared), pl.all())
 
 
 def default_capacities(header: dict[str, Any]) -> list[Capacity]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kvtrace_replay.policies.registry import SEMANTICS, find_policy, load_policy_file
     from kvtrace_replay.schedulers.sweep import simulate
     from kvtrace_replay.workload.model import Workload
-    from kvtrace_replay.workload.recorded import from_trace
+    from kvtrace_replay.workload.recorded import from_trace, requests_of
     from kvtrace_replay.workload.store import of_trace
 
 _HOMES = {
@@ -30,6 +30,7 @@ _HOMES = {
     "parse_capacity": "kvtrace_replay.capacity",
     "replay": "kvtrace_replay.cache.runs",
     "replay_requests": "kvtrace_replay.cache.runs",
+    "requests_of": "kvtrace_replay.workload.recorded",
     "simulate": "kvtrace_replay.schedulers.sweep",
 }
 
@@ -43,6 +44,7 @@ __all__ = [
     "parse_capacity",
     "replay",
     "replay_requests",
+    "requests_of",
     "simulate",
 ]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvtrace.cli.examples import examples
-from kvtrace.cli.output import Output, output_options
+from kvtrace.cli.output import Output, output_options, refuse_to_overwrite, table_suffix, write_table
 from kvtrace.cli.tier_options import Tiers, tier_options
 from kvtrace.cli.traces import TRACE, exit_code, open_traces
 from kvtrace_traces.errors import UsageError
@@ -81,6 +81,8 @@ class Items(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.
               help="prefix, radix (only leaves are evicted) or object (every block reference by itself).")  # fmt: skip
 @click.option("--warmup", type=float, default=0.0, show_default=True, metavar="SHARE",
               help="Share of the requests that fill the cache before anything is counted.")  # fmt: skip
+@click.option("--per-request", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+              help="Write each request's hits to a table, .csv .parquet or .json.")  # fmt: skip
 @tier_options
 @output_options
 def command(
@@ -90,6 +92,7 @@ def command(
     block_sizes: list[int] | None,
     semantics: list[str],
     warmup: float,
+    per_request: Path | None,
     tiers: Tiers | None,
     output: Output,
 ) -> int:
@@ -105,15 +108,29 @@ def command(
 
     if block_sizes and min(block_sizes) < 1:
         raise UsageError("a block has at least one token")
+    if per_request is not None:
+        table_suffix(per_request)
+        refuse_to_overwrite(per_request, output.force)
     if tiers is not None:
+        if per_request is not None:
+            raise UsageError("--per-request and --tier exclude each other")
         return tiers.run(paths, policies, capacities, block_sizes, semantics, warmup, output)
     traces = open_traces(paths)
     names = distinct_names([trace.path for trace in traces])
-    frames = []
+    frames: list[pl.DataFrame] = []
+    requests: list[pl.DataFrame] = []
     for trace, name in zip(traces, names, strict=True):
-        frame = kvtrace.replay(trace, policies, capacities, block_sizes or [None], semantics, warmup)  # type: ignore[list-item]
+        cells: list[pl.DataFrame] | None = None if per_request is None else []
+        frame = kvtrace.replay(
+            trace, policies, capacities, block_sizes or [None], semantics, warmup, per_request=cells  # type: ignore[list-item]
+        )  # fmt: skip
+        requests += [cell.select(pl.lit(name).alias("trace"), pl.all()) for cell in cells or ()]
         frames.append(frame if len(traces) == 1 else frame.select(pl.lit(name).alias("trace"), pl.all()))
         output.facts(*facts(trace, frame, name if len(traces) > 1 else "", warmup))
+    if per_request is not None:
+        if not requests:
+            raise UsageError("--per-request: no cell of the grid could be run")
+        write_table(pl.concat(requests), per_request, output.force)
     rows = pl.concat(frames, how="diagonal_relaxed")
     shown = [name for name in SHOWN if name in rows.columns and _tells(rows, name)]
     output.table(rows, Style(columns=shown, cells={"capacity_blocks": capacity}))
@@ -149,6 +166,12 @@ def facts(trace: Trace, rows: pl.DataFrame, name: str, warmup: float = 0.0) -> l
         f"{base['requests']:,} requests{after}{_waste(base)}"
         for base in bases.iter_rows(named=True)
     ]
+    overflows = max(rows["pin_overflow_requests"].drop_nulls().to_list(), default=0)
+    if overflows:
+        lines.append(
+            f"{lead}up to {overflows:,} requests found no room for all their blocks beside those in use "
+            "(pin_overflow_requests; --per-request names them): `kvtrace simulate` tells what the engine would do"
+        )
     for header in trace.engines:
         own, size = metrics.own_hits(trace.reader, header), metrics.capacity_blocks(header)
         if own is None or size is None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +45,9 @@ _NEVER_SEEN = np.zeros(0, np.uint8)
 _NO_PARENTS = np.zeros(0, np.int32)
 
 Row = dict[str, Any]
+# Told of each cell that was run: its row, hit blocks int64[n_requests], and uint8[n_requests], not 0 for the requests
+# of which a block found no place.
+PerCell = Callable[[Row, npt.NDArray[np.int64], npt.NDArray[np.uint8]], None]
 
 
 @dataclass
@@ -79,6 +82,7 @@ def replay(
     *,
     warmup: float = 0.0,
     threads: int | None = None,
+    per_cell: PerCell | None = None,
 ) -> list[Row]:
     """Replays `workload` with every policy, semantics and capacity given.
 
@@ -88,6 +92,7 @@ def replay(
         capacity: usable blocks, `math.inf`, or any form of `parse_capacity`; one or several.
         semantics: "object", "prefix" or "radix", or several.
         warmup: this share of the requests, from the first admitted on, fills the cache and is not counted.
+        per_cell: called after each cell, in order, with its figures by request, warm-up included.
         threads: runs at a time; default: one per core for large workloads, else one.
 
     Returns one dict per run, by policy, then semantics, then capacity, with the keys `policy capacity_blocks
@@ -120,9 +125,15 @@ def replay(
         large = workload.n_refs * len(cells) > _PARALLEL_FROM_REFS
         threads = _cores() if large else 1
     if threads < 2 or len(cells) < 2:
-        return [_row(*cell) for cell in cells]
+        return [_told(*_row(*cell), per_cell) for cell in cells]
     with ThreadPoolExecutor(min(threads, len(cells))) as pool:
-        return list(pool.map(lambda cell: _row(*cell), cells))
+        return [_told(*done, per_cell) for done in pool.map(lambda cell: _row(*cell), cells)]
+
+
+def _told(row: Row, by_request: tuple[Any, Any] | None, per_cell: PerCell | None) -> Row:
+    if per_cell is not None and by_request is not None:
+        per_cell(row, *by_request)
+    return row
 
 
 def replay_requests(
@@ -257,8 +268,9 @@ def _too_small(run: _Run, capacity: int | float) -> str | None:
 
 def _drive(
     entry: Policy, run: _Run, capacity: int | float
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], float]:
-    """One run: (hits of each request int64[n_requests], totals, seconds in the driver)."""
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8], npt.NDArray[np.int64], float]:
+    """One run: (hits of each request int64[n_requests], whether it overflowed uint8[n_requests], totals, seconds in the
+    driver)."""
     stream = run.stream
     entry = entry.within(stream.semantics)
     # More room than there are blocks changes nothing; state sized by the capacity then stays small.
@@ -267,6 +279,7 @@ def _drive(
     padded = (*state, *(_UNUSED,) * (MAX_STATE - len(state)))
     n_requests = stream.prompt_blocks.size
     request_hits = np.zeros(n_requests, np.int64)
+    overflowed = np.zeros(n_requests, np.uint8)
     totals = np.zeros(N_TOTALS, np.int64)
     seen = np.zeros(stream.n_identities, np.uint8) if entry.uses > 1 else _NEVER_SEEN
     driver: Any
@@ -281,7 +294,6 @@ def _drive(
         driver, steps = by_prefix.prefix_driver, stream.events.size
         pins = np.full(stream.n_identities, by_prefix.ABSENT, np.int32)
         held = np.zeros(stream.refs.size, np.uint8)
-        overflowed = np.zeros(n_requests, np.uint8)
         before = (
             entry.tag, stream.refs, stream.indptr, run.last_tokens, run.block_size, stream.prompt_blocks, run.hit_cap,
             stream.events,
@@ -308,10 +320,10 @@ def _drive(
     seconds = time.perf_counter() - begin
     if totals[BAD_VICTIM]:
         raise KvtraceError(f"policy {entry.name!r} is wrong: its evict returned a block that may not be evicted")
-    return request_hits, totals, seconds
+    return request_hits, overflowed, totals, seconds
 
 
-def _row(entry: Policy, run: _Run, capacity: int | float, warmup: float) -> Row:
+def _row(entry: Policy, run: _Run, capacity: int | float, warmup: float) -> tuple[Row, tuple[Any, Any] | None]:
     row: Row = {
         "policy": entry.called,
         "capacity_blocks": None if math.isinf(capacity) else int(capacity),
@@ -333,8 +345,8 @@ def _row(entry: Policy, run: _Run, capacity: int | float, warmup: float) -> Row:
         "why": _too_small(run, capacity),
     }
     if row["why"] is not None:
-        return row
-    _, totals, seconds = _drive(entry, run, capacity)
+        return row, None
+    hits, overflowed, totals, seconds = _drive(entry, run, capacity)
     row["block_hits"] = int(totals[BLOCK_HITS])
     row["token_hits"] = int(totals[TOKEN_HITS])
     row["evictions"] = int(totals[EVICTIONS])
@@ -345,4 +357,4 @@ def _row(entry: Policy, run: _Run, capacity: int | float, warmup: float) -> Row:
     for kind in ("block", "token"):
         if row[f"{kind}_lookups"] > 0:
             row[f"{kind}_hit_ratio"] = row[f"{kind}_hits"] / row[f"{kind}_lookups"]
-    return row
+    return row, (hits, overflowed)

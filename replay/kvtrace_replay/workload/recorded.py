@@ -145,6 +145,15 @@ def _classes(requests: pl.DataFrame) -> I32 | None:
     return np.ascontiguousarray(own["class"].to_numpy(), np.int32)
 
 
+def requests_of(trace: Any, engine_index: int | None = None) -> pl.Series:
+    """The numbers (i32) of the requests that `from_trace` takes, in its order."""
+    header = _header(trace, engine_index)
+    requests = trace.requests.filter(pl.col("engine_index") == int(header["engine_index"])).sort("request")
+    if header.get("source") != "import":
+        requests = requests.filter(pl.col("first_step").is_not_null())
+    return requests["request"]
+
+
 def _header(trace: Any, engine_index: int | None) -> dict[str, Any]:
     headers = [{"engine_index": position, **header} for position, header in enumerate(trace.engines)]
     if engine_index is None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 
 import kvtrace
@@ -94,3 +95,29 @@ def test_policies_are_listed(kvtrace_cli: Callable[..., Any]) -> None:
     assert all(row["summary"] and row["paper"] for row in rows)
     text = kvtrace_cli("policies").out
     assert all(row["paper"] in text for row in rows)
+
+
+def test_figures_by_request(kvtrace_cli: Callable[..., Any], thrash: Path, tmp_path: Path) -> None:
+    out = tmp_path / "requests.parquet"
+    words = ("replay", thrash, "--policy", "lru,fifo", "--capacity", "100,199", "--semantics", "prefix,object")
+    done = kvtrace_cli(*words, "--per-request", out, "--json")
+    assert done.code == 0
+    assert "found no room for all their blocks beside those in use" in done.err
+    cells = ["policy", "capacity_blocks", "semantics"]
+    frame = pl.read_parquet(out)
+    summed = frame.group_by(cells).agg(
+        pl.len(), pl.col("block_lookups", "block_hits", "token_lookups", "pin_overflow").sum()
+    )
+    rows = {tuple(row[name] for name in cells): row for row in json.loads(done.out)}
+    assert len(rows) == summed.height == 8
+    for row in summed.iter_rows(named=True):
+        told = rows[tuple(row[name] for name in cells)]
+        assert row["len"] == told["requests"]
+        assert row["pin_overflow"] == told["pin_overflow_requests"]
+        assert all(row[name] == told[name] for name in ("block_lookups", "block_hits", "token_lookups"))
+    prefix = frame.filter(pl.col("semantics") == "prefix").group_by(cells).agg(pl.col("token_hits").sum())
+    for row in prefix.iter_rows(named=True):
+        assert row["token_hits"] == rows[tuple(row[name] for name in cells)]["token_hits"]
+    assert frame.filter(pl.col("semantics") == "object")["token_hits"].null_count() == 4 * 192
+    assert kvtrace_cli(*words, "--per-request", out).code == 2  # it exists
+    assert kvtrace_cli(*words, "--per-request", tmp_path / "r.txt").code == 2
