@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvtrace.api import Trace, open
     from kvtrace.curves import curve
+    from kvtrace.metrics import stats
     from kvtrace.replays import replay
     from kvtrace.simulations import simulate
     from kvtrace_traces.errors import KvtraceError, UsageError
 
     __version__: str
 
-__all__ = ["KvtraceError", "Trace", "UsageError", "__version__", "curve", "open", "replay", "simulate"]
+__all__ = ["KvtraceError", "Trace", "UsageError", "__version__", "curve", "open", "replay", "simulate", "stats"]
 
 _HOMES = {
     "KvtraceError": "kvtrace_traces.errors",
@@ -33,6 +34,7 @@ _HOMES = {
     "curve": "kvtrace.curves",
     "replay": "kvtrace.replays",
     "simulate": "kvtrace.simulations",
+    "stats": "kvtrace.metrics",
 }
 
 

@@ -88,7 +88,11 @@ def simulate(
     async_scheduling: bool | Sequence[bool] | None = None,
     watermark: float | Sequence[float] | None = None,
     policy: str | Sequence[str] | None = None,
-    arrivals: str = "step",
+    preemption: str | Sequence[str] | None = None,
+    swap_space: float | Sequence[float] | None = None,
+    victim: str | Sequence[str] | None = None,
+    mend: Sequence[str] = (),
+    arrivals: str | None = None,
     allow_lossy: bool = False,
 ) -> pl.DataFrame:
     """Run a trace's requests through the scheduler that recorded them, at other settings: one row per combination.
@@ -96,7 +100,12 @@ def simulate(
     Every setting takes one value or several; None is the trace's own. `num_blocks` (the null block included) also
     takes an amount such as `10k`, `8GiB` or `65536tok`; a `block_size` without `num_blocks` keeps the bytes. `policy`:
     who is evicted, `vllm` for its own free queue or a policy of `replay`.
-    `arrivals`: `step` (as recorded) or `all` (at once).
+    `arrivals`: `step` (as recorded, the default) or `all` (at once, the default of `vllm-v0`).
+
+    `engine="vllm-v0"` is vLLM 0.4.2, whose rules are in docs/vllm-v0-semantics.md. It takes num_blocks (there is no
+    null block), block_size, max_num_seqs, max_num_batched_tokens, watermark, and for itself `preemption` ("recompute",
+    "swap"), `swap_space` (GiB of host memory), `victim` ("last", "most-blocks", "fewest-blocks") and `mend`, names of
+    defects that it is not to have. Its rows have what only it does, and nulls for what only V1 does.
 
     Columns: engine, the settings, arrivals, requests, steps, preemptions, evictions, hit_tokens, lookup_tokens,
     token_hit_ratio, hit_tokens_after_preemption, times (null so far), exact, why (null where exact), seconds (the
@@ -116,30 +125,61 @@ def simulate(
         "async_scheduling": async_scheduling,
         "watermark": watermark,
         "policy": policy,
+        "preemption": preemption,
+        "swap_space": swap_space,
+        "victim": victim,
     }
+    given = {name: value for name, value in given.items() if value is not None}
     opened = trace if isinstance(trace, Trace) else open(trace)
-    return simulate_trace(opened, given, engine=engine, arrivals=arrivals, allow_lossy=allow_lossy).frame()
+    if engine == "vllm-v0":
+        from kvtrace.simulations_v0 import simulate_v0_trace
+
+        refuse_lossy(opened, allow_lossy)
+        return simulate_v0_trace(opened, given, arrivals=arrivals or "all", mend=mend).frame()
+    return simulate_trace(
+        opened, given, engine=engine, arrivals=arrivals or "step", mend=mend, allow_lossy=allow_lossy
+    ).frame()
 
 
 def simulate_trace(
-    trace: Trace, settings: dict[str, Any], *, allow_lossy: bool = False, progress: Any = None, **options: Any
+    trace: Trace,
+    settings: dict[str, Any],
+    *,
+    mend: Sequence[str] = (),
+    allow_lossy: bool = False,
+    progress: Any = None,
+    **options: Any,
 ) -> Simulated:
     """The cells of every engine of a trace. `options` are those of `kvtrace_replay.simulate`.
 
     Raises KvtraceError for a lossy trace unless `allow_lossy`.
     """
+    refuse_lossy(trace, allow_lossy)
+    if options.get("arrivals") == "time":
+        raise UsageError("--arrivals time needs the cost of each step, which comes with timing: choose step or all")
+    kinds = settings.get("preemption") or []
+    if any(kind != "recompute" for kind in ([kinds] if isinstance(kinds, str) else kinds)):
+        raise UsageError("--preemption: vLLM V1 recomputes what it preempts; --engine vllm-v0 also swaps")
+    for name in ("swap_space", "victim"):
+        if settings.get(name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')} is of --engine vllm-v0, the engine that swaps")
+    if mend:
+        raise UsageError("--mend is of --engine vllm-v0")
+    own = {name: value for name, value in settings.items() if name != "preemption"}
+    cells: list[tuple[int, Cell]] = []
+    for header in trace.engines:
+        index = int(header["engine_index"])
+        found = simulate_engine(trace.reader, own, engine_index=index, progress=progress, **options)
+        cells += [(index, cell) for cell in found]
+    return Simulated(cells, len(trace.engines) > 1)
+
+
+def refuse_lossy(trace: Trace, allow_lossy: bool) -> None:
+    """Raises KvtraceError for a lossy trace unless `allow_lossy`."""
     if trace.lossy and not allow_lossy:
         raise KvtraceError(
             f"{trace.path} is lossy (see `kvtrace info`), requests may be missing: --allow-lossy takes what is left"
         )
-    if options.get("arrivals") == "time":
-        raise UsageError("--arrivals time needs the cost of each step, which comes with timing: choose step or all")
-    cells: list[tuple[int, Cell]] = []
-    for header in trace.engines:
-        index = int(header["engine_index"])
-        found = simulate_engine(trace.reader, settings, engine_index=index, progress=progress, **options)
-        cells += [(index, cell) for cell in found]
-    return Simulated(cells, len(trace.engines) > 1)
 
 
 def request_frame(cell: Cell, run: Run) -> pl.DataFrame:

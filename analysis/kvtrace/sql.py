@@ -6,27 +6,21 @@ the configuration locked before the first query runs.
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
+from pathlib import Path
 from typing import Any, Protocol
 
 import duckdb
 import polars as pl
 
+from kvtrace.views import EXTRA, every_table, extra, filled, views
 from kvtrace_traces.errors import KvtraceError, UsageError
-from kvtrace_traces.schema import TABLES
 
-# Expanded on the fly from its run-length form, so that counting a million rows costs no million rows.
-_STEP_REQUESTS = """
-CREATE VIEW step_requests AS
-SELECT {columns} FROM (
-  SELECT * EXCLUDE (first_step, steps, computed_before),
-         (first_step + i)::INTEGER AS step, (computed_before + i * tokens)::INTEGER AS computed_before
-  FROM (SELECT *, unnest(range(steps)) AS i FROM step_spans))
-"""
-_DERIVED = {"step_requests": ("step_spans", _STEP_REQUESTS)}
 _READING = {"SELECT", "EXPLAIN", "MULTI", "RELATION", "EXPRESSION"}  # MULTI: a PIVOT
 _ALL_TABLES = re.compile(r"\bshow\b|\binformation_schema\b|\bduckdb_\w+|\bsqlite_master\b|\bpg_\w+", re.IGNORECASE)
 
@@ -39,17 +33,25 @@ class Tables(Protocol):
 
 
 class Database:
-    """The tables of one or several traces as a read-only DuckDB database.
+    """The tables of one or several traces, and the views over them, as a read-only DuckDB database.
 
     With several traces every table starts with a column `trace`: the file's name, or its path where names
-    are equal. A table is decoded when a query first names it, and then kept.
+    are equal. A table is decoded when a query first names it, and then kept; a view is computed anew for each query,
+    unless `keep` names it. `unsafe` lifts the fence: queries may then write files, read others and reach the network.
     """
 
-    def __init__(self, traces: Sequence[Tables]) -> None:
+    def __init__(self, traces: Sequence[Tables], unsafe: bool = False, keep: Sequence[str] = ()) -> None:
         self._traces = list(traces)
         self._names = distinct_names([trace.path for trace in self._traces])
         self._loaded: set[str] = set()
+        self._unsafe = unsafe
+        self._keep = set(keep)
         self._connection = duckdb.connect(":memory:")
+        # What does not fit into memory goes there, and not into a folder beside the user's files. DuckDB removes it.
+        overflow = Path(tempfile.gettempdir()) / f"kvtrace-sql-{os.getpid()}-{id(self):x}"
+        self._connection.execute(f"SET temp_directory = '{str(overflow).replace(chr(39), chr(39) * 2)}'")
+        if unsafe:
+            return
         self._connection.execute("SET enable_external_access = false")
         self._connection.execute("SET python_enable_replacements = false")  # else Python variables are tables
         self._connection.execute("SET lock_configuration = true")
@@ -57,8 +59,8 @@ class Database:
     def query(self, query: str) -> pl.DataFrame:
         """The result of one SELECT (or WITH, FROM, DESCRIBE, SUMMARIZE, EXPLAIN, PIVOT).
 
-        Raises UsageError for wrong SQL and for anything that does not read, KvtraceError where a right query
-        fails.
+        An `unsafe` database takes any statement; one that returns no table is answered with an empty frame. Raises
+        UsageError for wrong SQL and for anything that does not read, KvtraceError where a right query fails.
         """
         try:
             self._check(query)
@@ -73,6 +75,8 @@ class Database:
         def work() -> pl.DataFrame:
             relation = self._connection.sql(query)
             if relation is None:
+                if self._unsafe:
+                    return pl.DataFrame()
                 raise UsageError("the query returns no table")
             return pl.DataFrame(relation.to_arrow_table())
 
@@ -94,6 +98,8 @@ class Database:
         statements = self._connection.extract_statements(query)
         if not statements:
             raise UsageError("the query is empty")
+        if self._unsafe:
+            return
         # DuckDB 1.x splits a PIVOT into a CREATE TYPE of its own and the SELECT.
         kinds = [statement.type.name for statement in statements]
         if len(kinds) > 1 and not re.search(r"\bpivot\b", query, re.IGNORECASE):
@@ -101,21 +107,25 @@ class Database:
         if kinds[-1] not in _READING:
             raise UsageError(f"traces are read-only: {kinds[-1]} is not allowed, SELECT is")
 
-    def _load(self, tables: Iterator[str]) -> None:
+    def _load(self, tables: Iterable[str]) -> None:
         for table in tables:
             if table in self._loaded:
                 continue
-            if table in _DERIVED:
-                source, view = _DERIVED[table]
-                self._load(iter([source]))
-                columns = ["trace"] * (len(self._traces) > 1) + [column.name for column in TABLES[table].columns]
-                self._connection.execute(view.format(columns=", ".join(columns)))
+            if (view := views().get(table)) is None:
+                self._connection.register(table, self.frame(table.removeprefix("logged_")).to_arrow())
             else:
-                self._connection.register(table, self._frame(table).to_arrow())
+                self._load(view.needs)
+                sql = filled(view.sql, len(self._traces) > 1)
+                if view.make is None and table not in self._keep:
+                    self._connection.execute(f"CREATE VIEW {table} AS {sql}")
+                else:
+                    rows = self._run(sql)
+                    self._connection.register(table, (view.make(rows) if view.make else rows).to_arrow())
             self._loaded.add(table)
 
-    def _frame(self, table: str) -> pl.DataFrame:
-        frames = [getattr(trace, table) for trace in self._traces]
+    def frame(self, table: str) -> pl.DataFrame:
+        """A logged table of all traces, with the column `trace` where there are several."""
+        frames = [extra.frame(table, trace) if table in EXTRA else getattr(trace, table) for trace in self._traces]
         if len(frames) == 1:
             return frames[0]
         kind = pl.Enum(self._names)
@@ -145,7 +155,7 @@ def schema() -> pl.DataFrame:
             "unit": column.unit,
             "meaning": column.doc,
         }
-        for table in TABLES.values()
+        for table in every_table()
         for column in table.columns
     ]
     return pl.DataFrame(rows)
@@ -169,14 +179,14 @@ def tidy(frame: pl.DataFrame) -> pl.DataFrame:
     return frame.with_columns([column for column in narrow if column.null_count() == frame[column.name].null_count()])
 
 
-def _named_in(query: str) -> Iterator[str]:
+def _named_in(query: str) -> list[str]:
     # A word of the query may also be a column or sit in a string: such a table is decoded for nothing, that
     # is all.
+    names = [table.name for table in every_table()]
     if _ALL_TABLES.search(query):
-        yield from TABLES
-        return
+        return names
     words = {word.lower() for word in re.findall(r"\w+", query)}
-    yield from (name for name in TABLES if name in words)
+    return [name for name in names if name in words]
 
 
 def _sql_type(dtype: str) -> str:
@@ -191,7 +201,9 @@ def _explained(error: duckdb.Error) -> KvtraceError:
     line = " ".join(text.split("\n\nLINE")[0].split())
     kind = type(error).__name__
     if isinstance(error, duckdb.CatalogException) and (missing := re.search(r"Table with name (\S+) does not", text)):
-        return UsageError(f"there is no table {missing[1]!r}; the tables are {', '.join(TABLES)}")
+        return UsageError(
+            f"there is no table {missing[1]!r}; the tables are {', '.join(table.name for table in every_table())}"
+        )
     if kind == "PermissionException":
         return UsageError(f"{line} (a query sees the trace's tables and nothing else)")
     wrong = (duckdb.ProgrammingError, duckdb.DataError, duckdb.NotSupportedError)

@@ -32,12 +32,17 @@ from kvtrace.cli.traces import TRACE, exit_code, open_traces
 def command(format_: str, trace: Path, out: Path, force: bool) -> int:
     """Write a trace in another tool's format.
 
-    `parquet` makes a folder with one file per table. `csv`, `mooncake` and `oracle-general` write the references
-    of one engine: which blocks each request looked up, in order of arrival.
+    `parquet` makes a folder with one file per table, and views.sql, which makes the views in a DuckDB of your own.
+    `csv`, `mooncake` and `oracle-general` write the references of one engine: which blocks each request looked up,
+    in order of arrival.
     """
     from kvtrace_traces import exporters
 
     (opened,) = open_traces([trace])
     exporters.run(format_, opened.reader, out, force=force)
+    if format_ == "parquet":
+        from kvtrace.views import shipped
+
+        shipped.write(opened.reader, out)
     note(f"wrote {out}")
     return exit_code([opened])

@@ -26,6 +26,7 @@ SECTIONS = {
     "Look": {
         "info": "Show what a trace holds, and whether anything is missing.",
         "verify": "Check a trace against itself: exit code 0 only without a mismatch.",
+        "stats": "Figures of a trace: hits, use of the cache, reuse, speed, latency.",
         "sql": "Ask a trace questions in SQL (DuckDB's dialect, read-only).",
     },
     "Replay": {

@@ -12,8 +12,9 @@ import click
 
 from kvtrace.cli.examples import examples
 from kvtrace.cli.output import Output, output_options, refuse_to_overwrite, replacing, table_suffix, write_table
-from kvtrace.cli.replay import Items
+from kvtrace.cli.replay import Items, Policies
 from kvtrace.cli.traces import TRACE, exit_code, open_traces
+from kvtrace_traces.errors import UsageError
 
 if TYPE_CHECKING:
     from kvtrace.api import Trace
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 
 # What people see besides the settings that vary.
 SHOWN = ("steps", "preemptions", "evictions", "hit_tokens", "token_hit_ratio", "exact", "seconds")
+SHOWN_V0 = (
+    "steps", "prefill_steps", "recomputes", "swaps", "blocks_swapped_out", "recomputed_tokens", "finished", "dropped",
+    "ended", "seconds",
+)  # fmt: skip
 # vLLM's own spellings; it takes underscores, too.
 ALIASES = {
     "num-gpu-blocks-override": "num-blocks",
@@ -62,7 +67,8 @@ def spelling(name: str) -> str:
     context_settings={"token_normalize_func": spelling},
 )
 @click.argument("path", type=TRACE, metavar="TRACE")
-@click.option("--engine", default="vllm-v1", show_default=True, metavar="NAME", help="The scheduler to simulate.")
+@click.option("--engine", default="vllm-v1", show_default=True, metavar="NAME",
+              help="The scheduler to simulate: vllm-v1, or vllm-v0 (0.4.2).")  # fmt: skip
 @click.option("--num-blocks", type=Items(), metavar="A,B",
               help="Blocks, vLLM's null block among them (1000, 10k); or 8GiB, 65536tok.")  # fmt: skip
 @click.option("--block-size", type=Counts(), metavar="A,B",
@@ -80,10 +86,18 @@ def spelling(name: str) -> str:
 @click.option("--scheduling-policy", type=Items(), metavar="A,B", help="fcfs, priority.")
 @click.option("--watermark", type=Items(float), metavar="A,B",
               help="Share of the blocks that admissions leave free, from 0 to below 1.")  # fmt: skip
-@click.option("--policy", type=Items(), metavar="A,B",
+@click.option("--policy", type=Policies(), metavar="A,B",
               help="Who is evicted: vllm (its own free queue) or a policy; `kvtrace policies` lists them.")  # fmt: skip
-@click.option("--arrivals", default="step", show_default=True, metavar="HOW",
-              help="step (at the recorded steps) or all (before the first step).")  # fmt: skip
+@click.option("--preemption", type=Items(), metavar="A,B",
+              help="What becomes of a victim: recompute; with --engine vllm-v0 also swap.")  # fmt: skip
+@click.option("--swap-space", type=Items(float), metavar="A,B",
+              help="vllm-v0: GiB of host memory to swap to. [default: 4]")  # fmt: skip
+@click.option("--victim", type=Items(), metavar="A,B",
+              help="vllm-v0: who is preempted, last (its rule), most-blocks or fewest-blocks.")  # fmt: skip
+@click.option("--mend", type=Items(), metavar="A,B",
+              help="vllm-v0: defects that the engine is not to have (docs/vllm-v0-semantics.md).")  # fmt: skip
+@click.option("--arrivals", metavar="HOW",
+              help="step (at the recorded steps) or all (before the first). [default: step; vllm-v0: all]")  # fmt: skip
 @click.option("--per-request", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Write a row per request (.csv, .parquet or .json).")  # fmt: skip
 @click.option("--per-step", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
@@ -95,7 +109,8 @@ def spelling(name: str) -> str:
 def command(
     path: Path,
     engine: str,
-    arrivals: str,
+    arrivals: str | None,
+    mend: list[str] | None,
     per_request: Path | None,
     per_step: Path | None,
     out: Path | None,
@@ -120,11 +135,15 @@ def command(
         refuse_to_overwrite(out, output.force)
     (trace,) = open_traces([path])
     settings = chosen(options)
+    if engine == "vllm-v0":
+        if out is not None:
+            raise UsageError("-o writes runs of vLLM V1 only: leave it out, or take --per-step")
+        return _run_v0(trace, settings, arrivals or "all", mend or [], per_request, per_step, allow_lossy, output)
     if out is not None:
         check_single(trace, settings)
     found = simulate_trace(
-        trace, settings, engine=engine, arrivals=arrivals, step_rows=per_step is not None, allow_lossy=allow_lossy,
-        progress=_show_progress if sys.stderr.isatty() else None,
+        trace, settings, engine=engine, arrivals=arrivals or "step", mend=mend or (), step_rows=per_step is not None,
+        allow_lossy=allow_lossy, progress=_show_progress if sys.stderr.isatty() else None,
     )  # fmt: skip
     rows = found.frame()
     output.facts(*facts(trace, found, "block_size" in settings and "num_blocks" not in settings))
@@ -139,6 +158,43 @@ def command(
             part.unlink()
             write_trace(found, part)
         output.facts(f"wrote {out}", f"next: kvtrace info {out}")
+    return exit_code([trace])
+
+
+def _run_v0(
+    trace: Trace,
+    settings: dict[str, list[Any]],
+    arrivals: str,
+    mend: list[str],
+    per_request: Path | None,
+    per_step: Path | None,
+    allow_lossy: bool,
+    output: Output,
+) -> int:
+    """What the command does for the old engine."""
+    from kvtrace.people import Style
+    from kvtrace.simulations import refuse_lossy
+    from kvtrace.simulations_v0 import simulate_v0_trace
+    from kvtrace_replay.schedulers.vllm_v0.settings import DEFECTS
+    from kvtrace_replay.schedulers.vllm_v0.sweep import WHY_MEANS
+
+    refuse_lossy(trace, allow_lossy)
+    found = simulate_v0_trace(
+        trace, settings, arrivals=arrivals, mend=mend, step_rows=per_step is not None,
+        progress=_show_progress if sys.stderr.isatty() else None,
+    )  # fmt: skip
+    cells = [cell for _, cell in found.cells]
+    met = dict.fromkeys(name for cell in cells if cell.run is not None for name in cell.run.defects)
+    output.facts(
+        f"{cells[0].requests:,} requests, arrivals {cells[0].arrivals}; {WHY_MEANS}",
+        *(f"defect {name}: {DEFECTS[name]} (--mend {name})" for name in met),
+        *dict.fromkeys(f"not run: {cell.failed}" for cell in cells if cell.failed),
+    )
+    output.table(found.frame(), Style(columns=[*found.varied(), *SHOWN_V0]))
+    if per_request is not None:
+        write_table(found.per_request(), per_request, output.force)
+    if per_step is not None:
+        write_table(found.per_step(), per_step, output.force)
     return exit_code([trace])
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import signal
+import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +20,7 @@ from kvtrace_traces.errors import KvtraceError, UsageError
 
 if TYPE_CHECKING:
     from kvtrace import sql
+    from kvtrace.api import Trace
 
 
 @click.command(
@@ -25,13 +31,16 @@ if TYPE_CHECKING:
     ),
 )
 @click.argument("arguments", nargs=-1, metavar="TRACE... [QUERY]")
-@click.option("--schema", is_flag=True, help="List the tables and their columns.")
+@click.option("--schema", is_flag=True, help="List the tables, views and their columns.")
+@click.option("--unsafe", is_flag=True, help="Let queries write files, read others and reach the network.")
 @output_options
-def command(arguments: tuple[str, ...], schema: bool, output: Output) -> int:
+def command(arguments: tuple[str, ...], schema: bool, unsafe: bool, output: Output) -> int:
     """Ask a trace questions in SQL (DuckDB's dialect, read-only).
 
-    A last argument that is no path is the query. Without one the query comes from stdin; on a terminal there
-    is a prompt. Several traces are read as one, with a column `trace`.
+    Beside what was logged there are views: lifetimes of blocks, reads, prefixes, reuse and more (--schema). A last
+    argument that is no path is the query. Without one it comes from stdin; on a terminal DuckDB's own shell opens on
+    the trace, or, where no program `duckdb` is installed, a plain prompt. Several traces are read as one, with a
+    column `trace`.
     """
     from kvtrace import sql
     from kvtrace.people import Style
@@ -43,11 +52,13 @@ def command(arguments: tuple[str, ...], schema: bool, output: Output) -> int:
     if query is None and not sys.stdin.isatty():
         query = sys.stdin.read()
     traces = open_traces(paths)
-    database = sql.Database(traces)
-    if query is None:
-        prompt(database, output)
+    if query is not None:
+        output.table(sql.Database(traces, unsafe).query(query), Style(wrap=False))
+    elif output.kind == "people" and (program := shutil.which("duckdb")):
+        shell(traces, program, unsafe)
     else:
-        output.table(database.query(query), Style(wrap=False))
+        note("`pip install duckdb-cli` gives this prompt DuckDB's own shell")
+        prompt(sql.Database(traces, unsafe), output)
     return exit_code(traces)
 
 
@@ -72,16 +83,32 @@ def _exists(word: str) -> bool:
         return False
 
 
+def shell(traces: Sequence[Trace], program: str, unsafe: bool) -> None:
+    """Run DuckDB's shell on a database file of the traces, which is gone afterwards; without `unsafe` it can only
+    read."""
+    from kvtrace.views import database_file
+
+    with tempfile.TemporaryDirectory(prefix="kvtrace-sql-") as folder:
+        path = Path(folder) / "trace.duckdb"
+        database_file.write(traces, path)
+        note("SHOW TABLES; lists the tables, .quit leaves")
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the shell
+        try:
+            subprocess.run([program, *([] if unsafe else ["-safe", "-readonly"]), str(path)], check=False)
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
 def prompt(database: sql.Database, output: Output) -> None:
     """Read queries line by line until `;`, and answer each; Ctrl-D or `.quit` ends."""
     import contextlib
 
     from kvtrace.people import Style
-    from kvtrace_traces.schema import TABLES
+    from kvtrace.views import every_table
 
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # line editing and history for input()
-    note("tables: " + ", ".join(TABLES) + "; end a query with ';', Ctrl-D leaves")
+    note("tables: " + ", ".join(table.name for table in every_table()) + "; end a query with ';', Ctrl-D leaves")
     lines: list[str] = []
     while True:
         try:

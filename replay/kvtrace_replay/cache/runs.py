@@ -4,7 +4,6 @@ result rows."""
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +31,7 @@ from kvtrace_replay.cache.totals import (
     TOKEN_HITS,
 )
 from kvtrace_replay.capacity import distinct_blocks, parse_capacity
+from kvtrace_replay.cores import cores
 from kvtrace_replay.policies.registry import MAX_STATE, SEMANTICS, Policy, find_policy
 from kvtrace_replay.policies.stream import Stream
 from kvtrace_replay.workload.model import Workload
@@ -123,7 +123,7 @@ def replay(
     cells = [(entry, runs[kind], size, warmup) for entry in entries for kind in kinds for size in sizes[kind]]
     if threads is None:
         large = workload.n_refs * len(cells) > _PARALLEL_FROM_REFS
-        threads = _cores() if large else 1
+        threads = cores() if large else 1
     if threads < 2 or len(cells) < 2:
         return [_told(*_row(*cell), per_cell) for cell in cells]
     with ThreadPoolExecutor(min(threads, len(cells))) as pool:
@@ -155,12 +155,6 @@ def replay_requests(
     if why is not None:
         raise KvtraceError(why)
     return _drive(entry, run, size)[0]
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _listed(value: Any, what: str) -> list[Any]:

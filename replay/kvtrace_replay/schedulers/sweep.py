@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from kvtrace_replay.capacity import parse_amount
+from kvtrace_replay.cores import cores
 from kvtrace_replay.policies.registry import find_policy
 from kvtrace_replay.schedulers.recorded import Recorded, recorded
 from kvtrace_replay.schedulers.settings import NATIVE, POLICIES, VARIABLE, Settings, own_settings
@@ -98,7 +98,7 @@ def simulate(
             return None, str(error)
 
     done: list[tuple[Run | None, str | None]] = []
-    with ThreadPoolExecutor(min(threads or _cores(), len(cells))) as pool:
+    with ThreadPoolExecutor(min(threads or cores(), len(cells))) as pool:
         for result in pool.map(one, [chosen for _, chosen in cells]):
             done.append(result)
             if progress:
@@ -258,7 +258,3 @@ def _listed(value: Any) -> list[Any]:
     if not many:
         raise UsageError("an empty list of settings: name at least one value")
     return many
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

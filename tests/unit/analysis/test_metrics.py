@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import polars as pl
-import pytest
 
 import kvtrace
 from kvtrace import metrics
-from kvtrace_traces.schema import ENUMS
 
 
 def walked(trace: kvtrace.Trace) -> list[dict[str, int]]:
@@ -65,38 +62,6 @@ def test_own_hits_are_the_requests_cached_tokens(thrash: Path) -> None:
     assert own["requests"] == admitted.height
     assert own["token_hits"] == admitted["cached_tokens"].sum()
     assert own["token_lookups"] == admitted["prompt_tokens"].sum()
-
-
-def made_up(kinds: list[tuple[int, str, int, int | None]]) -> Any:
-    """A trace of single events: time, kind, block, identity; a step at each time."""
-    kind = pl.Enum(list(ENUMS["block_event"]))
-    events = pl.DataFrame(
-        [(0, time, name, block, identity) for time, name, block, identity in kinds], orient="row",
-        schema={"engine_index": pl.Int16, "time_ns": pl.Int64, "kind": kind, "block": pl.Int32, "identity": pl.Int32},
-    )  # fmt: skip
-    times = sorted({time for time, *_ in kinds})
-    steps = pl.DataFrame(
-        {"engine_index": [0] * len(times), "step": range(len(times)), "start_ns": times, "free_blocks": 9}
-    )
-    return SimpleNamespace(block_events=events, steps=steps)
-
-
-@pytest.mark.parametrize(
-    ("kinds", "idle"),
-    [
-        ([(0, "allocate", 1, None), (0, "fill", 1, 0), (1, "free", 1, 0), (2, "evict", 1, 0)], [0, 1, 0]),
-        ([(0, "allocate", 1, None), (0, "fill", 1, 0), (1, "free", 1, 0), (2, "hit", 1, 0)], [0, 1, 0]),
-        ([(0, "allocate", 1, None), (0, "fill", 1, 0), (0, "hit", 1, 0), (1, "free", 1, 0), (2, "free", 1, 0)],
-         [0, 0, 1]),
-        ([(0, "allocate", 1, None), (0, "fill", 1, 0), (1, "free", 1, 0), (2, "reset", 0, None),
-          (3, "allocate", 1, None), (4, "free", 1, None)], [0, 1, 0, 0, 0]),
-        # Forgotten while in use: nothing idle when it comes free.
-        ([(0, "allocate", 1, None), (0, "fill", 1, 0), (1, "reset", 0, None), (2, "free", 1, None)], [0, 0, 0]),
-    ],
-)  # fmt: skip
-def test_cached_idle_follows_each_kind_of_event(kinds: list[Any], idle: list[int]) -> None:
-    found = metrics.occupancy(made_up(kinds), {"engine_index": 0, "num_blocks": 11})
-    assert found["cached_idle"].to_list() == idle
 
 
 def test_a_trace_without_a_cache_has_no_occupancy(thrash: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,17 @@ import polars as pl
 import pytest
 
 import kvtrace
+from kvtrace.cli.sql import shell
 from kvtrace.sql import Database, distinct_names
+from kvtrace.views import every_table
 from kvtrace_traces.schema import TABLES
 
 
 def test_every_table_has_the_columns_of_the_schema(thrash: Path) -> None:
     trace = kvtrace.open(thrash)
-    for table in TABLES.values():
+    for table in every_table():
         frame = trace.sql(f"SELECT * FROM {table.name} LIMIT 3")
-        assert frame.columns == [column.name for column in table.columns]
+        assert frame.columns == [column.name for column in table.columns if not column.optional]
 
 
 def test_tables_equal_the_frames(thrash: Path) -> None:
@@ -28,6 +31,10 @@ def test_tables_equal_the_frames(thrash: Path) -> None:
         frame = getattr(trace, name)
         assert trace.sql(f"SELECT count(*) AS n FROM {name}")["n"][0] == frame.height
     order = ["engine_index", "step", "request"]
+    base = trace.preemptions.columns
+    assert (
+        trace.sql("SELECT * FROM preemptions ORDER BY time_ns").select(base).equals(trace.preemptions.sort("time_ns"))
+    )
     expanded = trace.sql("SELECT * FROM step_requests").sort(order)
     assert expanded.to_dicts() == trace.step_requests.sort(order).to_dicts()
 
@@ -108,17 +115,21 @@ def test_a_mistyped_path_is_no_query(kvtrace_cli: Callable[..., Any], thrash: Pa
 def test_schema_lists_every_column(kvtrace_cli: Callable[..., Any]) -> None:
     rows = json.loads(kvtrace_cli("sql", "--schema", "--json").out)
     assert [(row["table"], row["column"]) for row in rows] == [
-        (table.name, column.name) for table in TABLES.values() for column in table.columns
+        (table.name, column.name) for table in every_table() for column in table.columns
     ]
     assert all(row["type"] and row["meaning"] for row in rows)
+    assert {row["table"] for row in rows} >= {*TABLES, "block_lifetimes", "reads", "prefixes", "reuse", "occupancy"}
 
 
 def test_declared_types_are_duckdbs(thrash: Path, kvtrace_cli: Callable[..., Any]) -> None:
     trace = kvtrace.open(thrash)
     rows = json.loads(kvtrace_cli("sql", "--schema", "--json").out)
-    for name in TABLES:
+    for table in every_table():
+        name, optional = table.name, {column.name for column in table.columns if column.optional}
         found = dict(trace.sql(f"DESCRIBE {name}").select("column_name", "column_type").rows())
-        declared = {row["column"]: row["type"] for row in rows if row["table"] == name}
+        declared = {
+            row["column"]: row["type"] for row in rows if row["table"] == name and row["column"] not in optional
+        }
         assert {key: "VARCHAR" if value.startswith("ENUM") else value for key, value in found.items()} == declared
 
 
@@ -131,3 +142,56 @@ def test_names_of_traces() -> None:
 def test_engines_stay_apart(two_engines: Path) -> None:
     frame = Database([kvtrace.open(two_engines)]).query("SELECT engine_index, count(*) FROM steps GROUP BY ALL")
     assert sorted(frame["engine_index"].to_list()) == [0, 1]
+
+
+def test_unsafe_lifts_the_fence(
+    kvtrace_cli: Callable[..., Any], thrash: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    copy = "COPY (SELECT * FROM steps) TO 'steps.csv'"
+    assert kvtrace_cli("sql", thrash, copy).code == 2
+    assert list(tmp_path.iterdir()) == []
+    assert kvtrace_cli("sql", thrash, copy, "--unsafe").code == 0
+    assert len(Path("steps.csv").read_text().splitlines()) == 1246
+    assert kvtrace_cli("sql", thrash, "SELECT count(*) AS n FROM 'steps.csv'", "--unsafe", "--csv").out == "n\n1245\n"
+    assert kvtrace_cli("sql", thrash, "SELECT * FROM nope", "--unsafe").code == 2
+
+
+def test_events_keep_their_order(tmp_path: Path) -> None:
+    """The number of an event is its place in the log, also where DuckDB reads with several threads."""
+
+    class Many:
+        path = Path("many.kvt")
+        block_events = pl.DataFrame({"engine_index": 0, "n": range(3_000_000)}, schema_overrides={"n": pl.Int64})
+
+    database = Database([Many()])
+    query = (
+        "SELECT max(abs(i - 1 - n)) FROM (SELECT row_number() OVER () AS i, n FROM block_events WHERE engine_index = 0)"
+    )
+    assert database.query(query).item() == 0
+
+
+def test_the_shell_is_duckdbs(
+    thrash: Path, cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A stand-in for the program `duckdb` says what it was asked, and reads the file as the real one would."""
+    program = tmp_path / "duckdb"
+    program.write_text(
+        f"#!{sys.executable}\nimport sys, duckdb\nprint(sys.argv[1:-1])\n"
+        "c = duckdb.connect(sys.argv[-1], read_only=True)\n"
+        "print([c.sql(f'SELECT count(*) FROM {t}').fetchall()[0][0] for t in "
+        "('steps', 'reads', 'reuse', 'preemptions', 'occupancy')])\n"
+    )
+    program.chmod(0o755)
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    one = kvtrace.open(thrash)
+    counts = [
+        one.sql(f"SELECT count(*) FROM {t}").item() for t in ("steps", "reads", "reuse", "preemptions", "occupancy")
+    ]
+    for traces, times in (([one], 1), ([one, kvtrace.open(cut)], 2)):
+        for unsafe, options in ((False, ["-safe", "-readonly"]), (True, [])):
+            shell(traces, str(program), unsafe)
+            assert capfd.readouterr().out == f"{options}\n{[times * n for n in counts]}\n"
+    assert list(folder.iterdir()) == []

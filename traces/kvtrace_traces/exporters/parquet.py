@@ -32,7 +32,7 @@ def write(trace: Any, out: Path, force: bool) -> dict[str, Any]:
             raise UsageError(f"{out} is a file: give the name of a folder")
         if any(out.iterdir()) and not force:
             raise UsageError(f"{out} exists and is not empty: --force replaces it")
-        if any(p for p in out.iterdir() if p.suffix not in (".parquet", ".json")):
+        if any(p for p in out.iterdir() if p.suffix not in (".parquet", ".json", ".sql")):
             raise UsageError(f"{out} holds other things than an export: give another folder")
     part = out.with_name(f"{out.name}.{os.getpid()}.part")
     try:

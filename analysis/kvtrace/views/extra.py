@@ -1,0 +1,113 @@
+"""What a trace holds beside the tables of the schema, as tables: its headers and its chains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from kvtrace.views.declare import ENGINE, REQUEST
+from kvtrace_traces.schema import Column, Table
+from kvtrace_traces.tables import dtype
+
+EXTRA: dict[str, Table] = {
+    table.name: table
+    for table in (
+        Table(
+            "engines",
+            "one row per engine (scheduler), from its header",
+            (
+                ENGINE,
+                Column("source", "str", "", "where the trace comes from: the engine's name, `import`, `simulated`"),
+                Column("engine", "str", "", "what ran", True),
+                Column("engine_version", "str", "", "its version", True),
+                Column("model", "str", "", "the model it served", True),
+                Column("block_size", "i32", "tokens", "tokens in a block"),
+                Column("granule", "i32", "tokens", "tokens that an identity of a chain stands for"),
+                Column("capacity_blocks", "i32", "blocks", "usable blocks: the engine's figure without the null block",
+                       True),
+                Column("bytes_per_token", "i64", "bytes", "keys and values of a token", True),
+                Column("bytes_per_block", "i64", "bytes", "keys and values of a block", True),
+                Column("budget_tokens", "i32", "tokens", "most tokens that a step may schedule", True),
+                Column("exact", "bool", "", "the tracer could follow everything (no reason in `inexact`)"),
+            ),
+        ),
+        Table(
+            "chains",
+            "one row per request and granule of its tokens, prompt and output",
+            (
+                ENGINE,
+                REQUEST,
+                Column("granule", "i32", "granule", "0-based place of the granule in the request"),
+                Column("identity", "i32", "identity", "stands for all tokens up to the end of the granule"),
+            ),
+        ),
+        Table(
+            "identities",
+            "one row per identity",
+            (
+                ENGINE,
+                Column("identity", "i32", "identity", "dense number, as in the other tables"),
+                Column("hash", "u64", "", "the keyed hash that the log has for it"),
+            ),
+        ),
+    )
+}  # fmt: skip
+
+
+def frame(table: str, trace: Any) -> pl.DataFrame:
+    """A frame of a table of EXTRA. `trace` has `engines` and `chains(engine_index)`."""
+    rows = {"engines": _engines, "chains": _chains, "identities": _identities}[table](trace)
+    return rows.cast({column.name: dtype(column) for column in EXTRA[table].columns})
+
+
+def _engines(trace: Any) -> pl.DataFrame:
+    return pl.DataFrame([_engine(header) for header in trace.engines], schema=_schema("engines"))
+
+
+def _engine(header: dict[str, Any]) -> dict[str, Any]:
+    blocks, scheduler = header.get("num_blocks"), header.get("scheduler") or {}
+    size = header["block_size"]
+    return {
+        **{column.name: header.get(column.name) for column in EXTRA["engines"].columns},
+        "granule": header.get("granule") or size,
+        "source": header.get("source") or "unknown",
+        "capacity_blocks": int(blocks) - 1 if blocks else None,
+        "budget_tokens": scheduler.get("max_num_scheduled_tokens") or scheduler.get("max_num_batched_tokens"),
+        "exact": not header.get("inexact"),
+    }
+
+
+def _chains(trace: Any) -> pl.DataFrame:
+    parts = []
+    for header in trace.engines:
+        chains = trace.chains(header["engine_index"])
+        lengths = np.diff(np.asarray(chains.indptr, np.int64))
+        granules = np.arange(lengths.sum(), dtype=np.int64) - np.repeat(chains.indptr[:-1], lengths)
+        parts.append(
+            pl.DataFrame(
+                {
+                    "engine_index": np.full(granules.size, header["engine_index"], np.int16),
+                    "request": np.repeat(np.arange(lengths.size, dtype=np.int32), lengths),
+                    "granule": granules.astype(np.int32),
+                    "identity": np.ascontiguousarray(chains.identities, np.int32),
+                }
+            )
+        )
+    return pl.concat(parts)
+
+
+def _identities(trace: Any) -> pl.DataFrame:
+    parts = []
+    for header in trace.engines:
+        hashes = np.ascontiguousarray(trace.chains(header["engine_index"]).hashes, np.uint64)
+        index = np.full(hashes.size, header["engine_index"], np.int16)
+        parts.append(
+            pl.DataFrame({"engine_index": index, "identity": np.arange(hashes.size, dtype=np.int32), "hash": hashes})
+        )
+    return pl.concat(parts)
+
+
+def _schema(table: str) -> dict[str, Any]:
+    return {column.name: dtype(column) for column in EXTRA[table].columns}
