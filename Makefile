@@ -1,7 +1,8 @@
 # Everything is done in $(VENV). Targets that install leave a stamp there, so that a second call is quick.
 PYTHON ?= python3
 VENV ?= .venv
-PYTEST_ARGS ?=
+# Two processes, a file of tests in one of them: they start engines, which take cores and memory.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 PY := $(VENV)/bin/python
 INSTALL := $(PY) -m pip --quiet --quiet --disable-pip-version-check --no-input install

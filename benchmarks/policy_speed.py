@@ -15,8 +15,9 @@ import time
 from typing import Any
 
 import numpy as np
+from replay_speed import as_workload, zipf_stream
 
-from kvtrace_replay import Workload, replay
+from kvtrace_replay import replay
 
 RIVALS: dict[str, tuple[str, dict[str, Any]]] = {
     "lru": ("LRU", {}),
@@ -29,42 +30,19 @@ RIVALS: dict[str, tuple[str, dict[str, Any]]] = {
     "2q": ("TwoQ", {}),
     "arc": ("ARC", {}),
     "lfu": ("LFU", {}),
+    "opt": ("Belady", {}),
 }
 
-
-def zipf_stream(n_refs: int, n_objects: int, alpha: float, seed: int = 0) -> np.ndarray:
-    """int32[n_refs] ids, dense in order of first use, drawn with probability proportional to rank^-alpha."""
-    weight = np.cumsum(np.arange(1, n_objects + 1, dtype=np.float64) ** -alpha)
-    drawn = np.searchsorted(weight / weight[-1], np.random.default_rng(seed).random(n_refs))
-    _, first, inverse = np.unique(drawn, return_index=True, return_inverse=True)
-    rank = np.empty(first.size, np.int32)
-    rank[np.argsort(first)] = np.arange(first.size, dtype=np.int32)
-    return rank[inverse]
-
-
-def as_workload(ids: np.ndarray, per_request: int = 1) -> Workload:
-    """Requests of `per_request` blocks each; the last takes the rest."""
-    indptr = np.append(np.arange(0, ids.size, per_request, dtype=np.int64), ids.size)
-    blocks = np.diff(indptr).astype(np.int32)
-    return Workload(
-        identities=ids,
-        indptr=indptr,
-        prompt_blocks=blocks,
-        hit_cap=blocks,
-        prompt_tokens=blocks.astype(np.int64) * 16,
-        last_tokens=np.full(blocks.size, 16, np.int32),
-        schedule=None,
-        raw=None,
-        block_size=16,
-        n_identities=int(ids.max()) + 1,
-        source="import",
-    )
+NEVER = np.iinfo(np.int64).max
 
 
 def write_oracle_general(ids: np.ndarray, path: str) -> None:
     kind = np.dtype([("time", "<u4"), ("id", "<u8"), ("size", "<u4"), ("next", "<i8")])
     rows = np.zeros(ids.size, kind)
-    rows["time"], rows["id"], rows["size"], rows["next"] = np.arange(ids.size), ids, 1, -1
+    rows["time"], rows["id"], rows["size"], rows["next"] = np.arange(ids.size), ids, 1, NEVER
+    order = np.argsort(ids, kind="stable")
+    again = ids[order[1:]] == ids[order[:-1]]
+    rows["next"][order[:-1][again]] = order[1:][again] + 1  # references count from 1 there
     rows.tofile(path)
 
 

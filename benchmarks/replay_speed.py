@@ -26,13 +26,23 @@ def zipf_stream(n_refs: int, n_objects: int, alpha: float, seed: int = 0) -> np.
     return rank[inverse]
 
 
-def as_workload(ids: np.ndarray, per_request: int) -> Workload:
+def as_workload(ids: np.ndarray, per_request: int = 1) -> Workload:
+    """Requests of `per_request` blocks each; the last takes the rest."""
     indptr = np.append(np.arange(0, ids.size, per_request, dtype=np.int64), ids.size)
     blocks = np.diff(indptr).astype(np.int32)
     return Workload(
-        ids, indptr, blocks, blocks, blocks.astype(np.int64) * 16, np.full(blocks.size, 16, np.int32),
-        None, None, 16, int(ids.max()) + 1, "import",
-    )  # fmt: skip
+        identities=ids,
+        indptr=indptr,
+        prompt_blocks=blocks,
+        hit_cap=blocks,
+        prompt_tokens=blocks.astype(np.int64) * 16,
+        last_tokens=np.full(blocks.size, 16, np.int32),
+        schedule=None,
+        raw=None,
+        block_size=16,
+        n_identities=int(ids.max()) + 1,
+        source="import",
+    )
 
 
 def main() -> None:
@@ -48,6 +58,8 @@ def main() -> None:
     for semantics, per_request in (("object", 1), ("object", 16), ("prefix", 16)):
         workload = as_workload(ids, per_request)
         for policy in policies():
+            if semantics not in policy.semantics or policy.open_loop:
+                continue
             rows = [replay(workload, policy.name, capacity, semantics)[0] for _ in range(3)]
             speed = ids.size / min(row["seconds"] for row in rows) / 1e6
             ratio = rows[0]["block_hit_ratio"]

@@ -21,7 +21,18 @@ from typing import Any
 
 import numpy as np
 
-from kvtrace_replay.tiers.levels import I32, I64, U8, first_tier, invalidate, release, serve_below, serve_top, start
+from kvtrace_replay.tiers.levels import (
+    I32,
+    I64,
+    U8,
+    age,
+    first_tier,
+    invalidate,
+    release,
+    serve_below,
+    serve_top,
+    start,
+)
 from kvtrace_replay.tiers.words import BAD_TIER, BLOCK_HITS, INCLUSIVE, LOST, PIN_OVERFLOWS, TOKEN_HITS
 from kvtrace_traces.compile import njit
 
@@ -105,6 +116,26 @@ def tiers_driver(
                     tag3, k3, r, lo, rules, totals, counts, mask, lost, lost_from, pins3, d0, d1, d2, d3, d4, d5, d6, d7
                 )  # fmt: skip
         while True:
+            # In `object` semantics policies are asked at each reference, as `object_driver` asks them.
+            if by_block and indptr[r] < lo < end:
+                age(
+                    tag0, k0, lo, rules, totals, counts, mask, lost, lost_from, pins0, a0, a1, a2, a3, a4, a5, a6, a7
+                )  # fmt: skip
+                if n_tiers > 1:
+                    age(
+                        tag1, k1, lo, rules, totals, counts, mask, lost, lost_from, pins1,
+                        b0, b1, b2, b3, b4, b5, b6, b7,
+                    )  # fmt: skip
+                if n_tiers > 2:
+                    age(
+                        tag2, k2, lo, rules, totals, counts, mask, lost, lost_from, pins2,
+                        c0, c1, c2, c3, c4, c5, c6, c7,
+                    )  # fmt: skip
+                if n_tiers > 3:
+                    age(
+                        tag3, k3, lo, rules, totals, counts, mask, lost, lost_from, pins3,
+                        d0, d1, d2, d3, d4, d5, d6, d7,
+                    )  # fmt: skip
             if counts[LOST]:
                 invalidate(
                     tag0, k0, totals, counts, lost, lost_from, pins0, a0, a1, a2, a3, a4, a5, a6, a7

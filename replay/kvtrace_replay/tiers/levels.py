@@ -85,8 +85,17 @@ def start(
     tag: Any, k: int, request: int, now: int, rules: I64, totals: I64, counts: I64, mask: U8, lost: I32, lost_from: U8,
     pins: I32, s0: Any, s1: Any, s2: Any, s3: Any, s4: Any, s5: Any, s6: Any, s7: Any,
 ) -> None:  # fmt: skip
-    """`request` is about to be looked up: the policy is told, and drops what is too old. That is not demoted."""
+    """`request` is about to be looked up: the policy is told, and drops what is too old."""
     begin(tag, request, now, s0, s1, s2, s3, s4, s5, s6, s7)
+    age(tag, k, now, rules, totals, counts, mask, lost, lost_from, pins, s0, s1, s2, s3, s4, s5, s6, s7)
+
+
+@njit(cache=False)
+def age(
+    tag: Any, k: int, now: int, rules: I64, totals: I64, counts: I64, mask: U8, lost: I32, lost_from: U8,
+    pins: I32, s0: Any, s1: Any, s2: Any, s3: Any, s4: Any, s5: Any, s6: Any, s7: Any,
+) -> None:  # fmt: skip
+    """The policy drops what is too old. That is not demoted."""
     dropped = expire(tag, now, pins, s0, s1, s2, s3, s4, s5, s6, s7)
     while dropped >= 0:
         if dropped >= pins.size or pins[dropped] != 0:
