@@ -23,7 +23,7 @@ def curve(
     trace: str | os.PathLike[str] | Trace,
     policy: str | Sequence[str] = "lru",
     capacity: Capacity | Sequence[Capacity] | None = None,
-    block_size: int | Sequence[int] | None = None,
+    block_size: int | Sequence[int | None] | None = None,
     semantics: str | Sequence[str] = "prefix",
     warmup: float = 0.0,
     sample: float | str | None = None,
@@ -69,7 +69,7 @@ def curve(
 def working_set(
     trace: str | os.PathLike[str] | Trace,
     window: str | int,
-    block_size: int | Sequence[int] | None = None,
+    block_size: int | Sequence[int | None] | None = None,
     semantics: str | Sequence[str] = "prefix",
 ) -> pl.DataFrame:
     """The distinct blocks used in each window of time (`60s`, `5min`) or of requests (`1000`), one after the other.
@@ -103,7 +103,7 @@ def _wanted(
 
 def _of_every_engine(
     trace: str | os.PathLike[str] | Trace,
-    block_size: int | Sequence[int] | None,
+    block_size: int | Sequence[int | None] | None,
     rows: Callable[[Workload], pl.DataFrame],
 ) -> pl.DataFrame:
     opened = trace if isinstance(trace, Trace) else open(trace)

@@ -22,7 +22,7 @@ def replay(
     trace: str | os.PathLike[str] | Trace,
     policy: str | Sequence[str] = "lru",
     capacity: Capacity | Sequence[Capacity] | None = None,
-    block_size: int | Sequence[int] | None = None,
+    block_size: int | Sequence[int | None] | None = None,
     semantics: str | Sequence[str] = "prefix",
     warmup: float = 0.0,
     tier: str | Sequence[str] | None = None,

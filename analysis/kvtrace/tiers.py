@@ -18,7 +18,7 @@ def replay_tiers(
     trace: str | os.PathLike[str] | Trace,
     tier: str | Tier | Sequence[str | Tier],
     policy: str = "lru",
-    block_size: int | Sequence[int] | None = None,
+    block_size: int | Sequence[int | None] | None = None,
     semantics: str | Sequence[str] = "prefix",
     warmup: float = 0.0,
     bytes_per_token: float | None = None,

@@ -87,11 +87,11 @@ def command(
     sizes: list[int | None] = [*block_sizes] if block_sizes else [None]
     if window is not None:
         _only_with(window)
-        rows = working_set(traces[0], window, sizes, semantics)  # type: ignore[arg-type]
+        rows = working_set(traces[0], window, sizes, semantics)
         output.facts(*window_facts(rows))
         output.table(rows, Style(columns=_columns(rows, WINDOWS_SHOWN), cells={"distinct_bytes": size}))
         return exit_code(traces)
-    rows = curve(traces[0], policies, capacities, sizes, semantics, warmup, sample, points, seed)  # type: ignore[arg-type]
+    rows = curve(traces[0], policies, capacities, sizes, semantics, warmup, sample, points, seed)
     output.facts(*curve_facts(rows))
     cells = {"capacity_blocks": capacity, "block_hit_ratio_error": percent, "token_hit_ratio_error": percent}
     output.table(rows, Style(columns=_columns(rows, SHOWN), cells=cells))

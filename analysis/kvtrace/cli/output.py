@@ -101,12 +101,18 @@ def output_options(function: F) -> F:
             refuse_to_overwrite(parquet, force)  # before the work, not after it
         return function(*args, output=Output(kind, parquet, force), **rest)
 
+    return in_place_of(function, wrapped)
+
+
+def in_place_of(function: F, wrapped: Callable[..., Any]) -> F:
+    """`wrapped`, which has options of its own and calls `function`, with the options and the help of `function`."""
     wrapped.__name__ = function.__name__
     wrapped.__doc__ = function.__doc__
     # The options that the function already carries show first in --help: click lists the last added first.
-    params = getattr(function, "__click_params__", [])
-    wrapped.__click_params__ = wrapped.__click_params__ + params  # type: ignore[attr-defined]
-    return wrapped  # type: ignore[return-value]
+    carried: Any = wrapped
+    carried.__click_params__ = carried.__click_params__ + getattr(function, "__click_params__", [])
+    found: F = carried
+    return found
 
 
 def note(text: str) -> None:

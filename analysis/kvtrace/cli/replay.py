@@ -26,7 +26,7 @@ SHOWN = (
 IF_VARIED = {"trace", "engine_index", "semantics", "block_size"}
 
 
-class Policies(click.ParamType):  # type: ignore[type-arg]
+class Policies(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
     """A list of policies, in which a comma may also stand between the parameters of one of them."""
 
     name = "list"
@@ -121,9 +121,7 @@ def command(
     requests: list[pl.DataFrame] = []
     for trace, name in zip(traces, names, strict=True):
         cells: list[pl.DataFrame] | None = None if per_request is None else []
-        frame = kvtrace.replay(
-            trace, policies, capacities, block_sizes or [None], semantics, warmup, per_request=cells  # type: ignore[list-item]
-        )  # fmt: skip
+        frame = kvtrace.replay(trace, policies, capacities, block_sizes or [None], semantics, warmup, per_request=cells)
         requests += [cell.select(pl.lit(name).alias("trace"), pl.all()) for cell in cells or ()]
         frames.append(frame if len(traces) == 1 else frame.select(pl.lit(name).alias("trace"), pl.all()))
         output.facts(*facts(trace, frame, name if len(traces) > 1 else "", warmup))

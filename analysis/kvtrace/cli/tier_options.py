@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from kvtrace.cli.output import Output
+from kvtrace.cli.output import Output, in_place_of
 from kvtrace.cli.traces import exit_code, open_traces
 from kvtrace_traces.errors import UsageError
 
@@ -133,9 +133,4 @@ def tier_options(function: F) -> F:
         tiers = Tiers(texts, bytes_per_token, prefill_tokens_per_s) if texts else None
         return function(*args, tiers=tiers, **rest)
 
-    wrapped.__name__ = function.__name__
-    wrapped.__doc__ = function.__doc__
-    # The options that the function already carries show first in --help: click lists the last added first.
-    params = getattr(function, "__click_params__", [])
-    wrapped.__click_params__ = wrapped.__click_params__ + params  # type: ignore[attr-defined]
-    return wrapped  # type: ignore[return-value]
+    return in_place_of(function, wrapped)

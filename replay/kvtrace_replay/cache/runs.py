@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from numba.core.errors import NumbaError
 from kvtrace_replay.cache import object_driver as by_object
 from kvtrace_replay.cache import prefix_driver as by_prefix
 from kvtrace_replay.cache import radix_driver as by_radix
-from kvtrace_replay.cache.paths import as_paths
+from kvtrace_replay.cache.prepare import Prepared, prepare, too_small
 from kvtrace_replay.cache.totals import (
     BAD_VICTIM,
     BLOCK_HITS,
@@ -30,48 +29,22 @@ from kvtrace_replay.cache.totals import (
     RESIDENT,
     TOKEN_HITS,
 )
-from kvtrace_replay.capacity import distinct_blocks, parse_capacity
+from kvtrace_replay.capacity import parse_capacity
 from kvtrace_replay.cores import cores
 from kvtrace_replay.policies.registry import MAX_STATE, SEMANTICS, Policy, find_policy
-from kvtrace_replay.policies.stream import Stream
 from kvtrace_replay.workload.model import Workload
-from kvtrace_traces.compile import njit, warm
+from kvtrace_traces.compile import warm
 from kvtrace_traces.errors import KvtraceError, UsageError
 
 # Below this, starting threads and keeping several states in memory gains nothing.
 _PARALLEL_FROM_REFS = 1_000_000
-_UNUSED = np.zeros(0, np.int32)
+UNUSED = np.zeros(0, np.int32)
 _NEVER_SEEN = np.zeros(0, np.uint8)
-_NO_PARENTS = np.zeros(0, np.int32)
 
 Row = dict[str, Any]
 # Told of each cell that was run: its row, hit blocks int64[n_requests], and uint8[n_requests], not 0 for the requests
 # of which a block found no place.
 PerCell = Callable[[Row, npt.NDArray[np.int64], npt.NDArray[np.uint8]], None]
-
-
-@dataclass
-class _Run:
-    """A stream with what its rows say about it."""
-
-    stream: Stream
-    last_tokens: npt.NDArray[np.int32]
-    hit_cap: npt.NDArray[np.int32]
-    block_size: int
-    warmup_steps: int  # so many requests (object) or events (prefix) are replayed before counting starts
-    requests: int  # counted ones, and what they look up
-    block_lookups: int
-    token_lookups: int
-    longest_chain: int  # the most blocks of one request; 0 in object semantics, where it holds none
-    concurrent: bool  # requests overlap: recorded lifetimes
-    parents: npt.NDArray[np.int32]  # of each block in the tree, as of `as_paths`; empty unless in radix semantics
-
-    def largest_request(self) -> int:
-        """The most distinct blocks that one request holds at once."""
-        stream = self.stream
-        return int(
-            stream.share("largest_request", lambda: _largest_request(stream.refs, stream.indptr, stream.n_identities))
-        )
 
 
 def replay(
@@ -119,7 +92,7 @@ def replay(
     for entry in entries:
         for kind in kinds:
             entry.within(kind)
-    runs = {kind: _prepare(workload, kind, warmup) for kind in kinds}
+    runs = {kind: prepare(workload, kind, warmup) for kind in kinds}
     cells = [(entry, runs[kind], size, warmup) for entry in entries for kind in kinds for size in sizes[kind]]
     if threads is None:
         large = workload.n_refs * len(cells) > _PARALLEL_FROM_REFS
@@ -150,8 +123,8 @@ def replay_requests(
     entry, kind = find_policy(policy), _check_semantics(semantics)
     workload.validate()
     size = parse_capacity(capacity, workload, kind)
-    run = _prepare(workload, kind, 0.0)
-    why = _too_small(run, size)
+    run = prepare(workload, kind, 0.0)
+    why = too_small(run, size)
     if why is not None:
         raise KvtraceError(why)
     return _drive(entry, run, size)[0]
@@ -172,96 +145,8 @@ def _check_semantics(name: str) -> str:
     raise UsageError(f"no semantics is called {name!r}; semantics are {', '.join(SEMANTICS)}")
 
 
-def _read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """A read-only view: memory-mapped and ordinary workloads then share one compiled driver."""
-    view = array.view()
-    view.setflags(write=False)
-    return view
-
-
-def _prepare(workload: Workload, semantics: str, warmup: float) -> _Run:
-    by_content = semantics == "object" and workload.raw is not None
-    refs = workload.raw if by_content and workload.raw is not None else workload.identities
-    n_identities, parents = distinct_blocks(workload, semantics), _NO_PARENTS
-    if semantics == "radix":
-        refs, n_identities, parents = as_paths(_read_only(refs), _read_only(workload.indptr), n_identities)
-    n = workload.n_requests
-    if semantics == "object":
-        events = np.zeros(0, np.int64)
-    elif workload.schedule is not None:
-        events = workload.schedule
-    else:
-        events = np.empty(2 * n, np.int64)
-        events[0::2] = np.arange(1, n + 1)
-        events[1::2] = -events[0::2]
-    known: dict[str, Any] = {
-        name: _read_only(array)
-        for name in ("arrival_ns", "priority", "request_class")
-        if (array := getattr(workload, name)) is not None
-    }
-    stream = Stream(
-        refs=_read_only(refs),
-        indptr=_read_only(workload.indptr),
-        prompt_blocks=_read_only(workload.prompt_blocks),
-        events=_read_only(events),
-        n_identities=n_identities,
-        semantics=semantics,
-        block_size=workload.block_size,
-        timed=workload.arrival_ns is not None,
-        **known,
-    )
-    whole = semantics == "object"
-    skipped = int(warmup * n)
-    if whole:
-        counted, steps = np.arange(skipped, n), skipped
-    else:
-        admissions = np.flatnonzero(events > 0)
-        counted = events[admissions[skipped:]] - 1
-        steps = int(admissions[skipped]) if skipped else 0
-    lookups = np.diff(workload.indptr) if whole else workload.prompt_blocks
-    return _Run(
-        stream=stream,
-        last_tokens=_read_only(workload.last_tokens),
-        hit_cap=_read_only(workload.hit_cap),
-        block_size=workload.block_size,
-        warmup_steps=steps,
-        requests=counted.size,
-        block_lookups=int(lookups[counted].sum(dtype=np.int64)),
-        token_lookups=int(
-            workload.token_counts()[counted].sum() if whole else workload.prompt_tokens[counted].sum(dtype=np.int64)
-        ),
-        longest_chain=0 if whole or not n else int(np.diff(workload.indptr).max()),
-        concurrent=workload.schedule is not None,
-        parents=_read_only(parents),
-    )
-
-
-@njit
-def _largest_request(refs: npt.NDArray[np.int32], indptr: npt.NDArray[np.int64], n_identities: int) -> int:
-    """The most distinct blocks that a single request refers to."""
-    last = np.full(n_identities, -1, np.int64)
-    largest = 0
-    for r in range(indptr.size - 1):
-        distinct = 0
-        for p in range(indptr[r], indptr[r + 1]):
-            if last[refs[p]] != r:
-                last[refs[p]] = r
-                distinct += 1
-        largest = max(largest, distinct)
-    return largest
-
-
-def _too_small(run: _Run, capacity: int | float) -> str | None:
-    if capacity >= run.longest_chain or capacity >= run.largest_request():
-        return None
-    return (
-        f"a capacity of {capacity} blocks cannot hold the largest single request, which needs "
-        f"{run.largest_request()} blocks"
-    )
-
-
 def _drive(
-    entry: Policy, run: _Run, capacity: int | float
+    entry: Policy, run: Prepared, capacity: int | float
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8], npt.NDArray[np.int64], float]:
     """One run: (hits of each request int64[n_requests], whether it overflowed uint8[n_requests], totals, seconds in the
     driver)."""
@@ -270,7 +155,7 @@ def _drive(
     # More room than there are blocks changes nothing; state sized by the capacity then stays small.
     blocks = int(min(capacity, max(1, stream.n_identities)))
     state = entry.state(stream, blocks)
-    padded = (*state, *(_UNUSED,) * (MAX_STATE - len(state)))
+    padded = (*state, *(UNUSED,) * (MAX_STATE - len(state)))
     n_requests = stream.prompt_blocks.size
     request_hits = np.zeros(n_requests, np.int64)
     overflowed = np.zeros(n_requests, np.uint8)
@@ -317,7 +202,7 @@ def _drive(
     return request_hits, overflowed, totals, seconds
 
 
-def _row(entry: Policy, run: _Run, capacity: int | float, warmup: float) -> tuple[Row, tuple[Any, Any] | None]:
+def _row(entry: Policy, run: Prepared, capacity: int | float, warmup: float) -> tuple[Row, tuple[Any, Any] | None]:
     row: Row = {
         "policy": entry.called,
         "capacity_blocks": None if math.isinf(capacity) else int(capacity),
@@ -336,7 +221,7 @@ def _row(entry: Policy, run: _Run, capacity: int | float, warmup: float) -> tupl
         "expired_blocks": None,
         "bypassed_blocks": None,
         "warmup": warmup,
-        "why": _too_small(run, capacity),
+        "why": too_small(run, capacity),
     }
     if row["why"] is not None:
         return row, None

@@ -25,8 +25,8 @@ import numpy.typing as npt
 
 from kvtrace_replay.policies.registry import policy
 from kvtrace_replay.policies.stream import Stream
+from kvtrace_replay.structures.lazy_heap import KEY, SCORE, LazyHeap, drop_top, lazy_push, renew_top
 from kvtrace_replay.structures.lists import oldest, push_new, unlink
-from kvtrace_replay.structures.ranks import KEY, RANK, Ranks, ranks_pop, ranks_push, ranks_sink
 from kvtrace_traces.compile import njit
 from kvtrace_traces.errors import KvtraceError
 
@@ -43,7 +43,7 @@ PRIORITY, IN_HEAP, COUNT, STAMP = range(4)
 CLOCK, HEAP, LEAST, AGE, AGES = range(5)
 
 
-def setup_counts(stream: Stream, capacity: int, ages: bool) -> tuple[U32, I64, Ranks]:
+def setup_counts(stream: Stream, capacity: int, ages: bool) -> tuple[U32, I64, LazyHeap]:
     """The state of `lfu` and `lfuda`."""
     if stream.refs.size >= 2**30:
         raise KvtraceError("lfu and lfuda count at most 2^30 references: cut the trace first")
@@ -66,9 +66,9 @@ def _rank(priority: int, stamp: int) -> int:
 
 
 @njit(cache=False)
-def _enter_heap(rows: U32, counters: I64, heap: Ranks, key: int) -> None:
+def _enter_heap(rows: U32, counters: I64, heap: LazyHeap, key: int) -> None:
     rows[key, IN_HEAP] = 1
-    counters[HEAP] = ranks_push(heap, counters[HEAP], _rank(rows[key, PRIORITY], rows[key, STAMP]), key)
+    counters[HEAP] = lazy_push(heap, counters[HEAP], _rank(rows[key, PRIORITY], rows[key, STAMP]), key)
 
 
 @njit(cache=False)
@@ -89,18 +89,18 @@ class Lfu:
     with many uses by priority << 32 | time of last use."""
 
     @staticmethod
-    def setup(stream: Stream, capacity: int) -> tuple[U32, I64, Ranks]:
+    def setup(stream: Stream, capacity: int) -> tuple[U32, I64, LazyHeap]:
         return setup_counts(stream, capacity, ages=False)
 
     @staticmethod
-    def insert(key: int, now: int, rows: U32, counters: I64, heap: Ranks) -> None:
+    def insert(key: int, now: int, rows: U32, counters: I64, heap: LazyHeap) -> None:
         counters[CLOCK] += 1
         rows[key, COUNT] = 1
         rows[key, STAMP] = counters[CLOCK]
         _enter_list(rows, counters, key)
 
     @staticmethod
-    def hit(key: int, pinned: bool, now: int, rows: U32, counters: I64, heap: Ranks) -> None:
+    def hit(key: int, pinned: bool, now: int, rows: U32, counters: I64, heap: LazyHeap) -> None:
         counters[CLOCK] += 1
         count = rows[key, COUNT] + np.uint32(1)
         rows[key, COUNT] = count
@@ -120,7 +120,7 @@ class Lfu:
             _enter_heap(rows, counters, heap, key)
 
     @staticmethod
-    def evict(key: int, now: int, pins: I32, rows: U32, counters: I64, heap: Ranks) -> int:
+    def evict(key: int, now: int, pins: I32, rows: U32, counters: I64, heap: LazyHeap) -> int:
         priority = max(counters[LEAST], counters[AGE])
         end = counters[AGE] + LISTS
         head = _list(rows, priority)
@@ -131,17 +131,17 @@ class Lfu:
             first = np.uintp(oldest(rows, head))
         counters[LEAST] = priority
         while counters[HEAP] > 0:
-            if first != head and heap[0, RANK] > _rank(priority, rows[first, STAMP]):
+            if first != head and heap[0, SCORE] > _rank(priority, rows[first, STAMP]):
                 break
             top = np.uintp(heap[0, KEY])
             rank = _rank(rows[top, PRIORITY], rows[top, STAMP])
             if pins[top] > 0:
                 rows[top, IN_HEAP] = 0
-                counters[HEAP] = ranks_pop(heap, counters[HEAP])
-            elif rank != heap[0, RANK]:
-                ranks_sink(heap, counters[HEAP], rank, top)
+                counters[HEAP] = drop_top(heap, counters[HEAP])
+            elif rank != heap[0, SCORE]:
+                renew_top(heap, counters[HEAP], rank, top)
             else:
-                counters[HEAP] = ranks_pop(heap, counters[HEAP])
+                counters[HEAP] = drop_top(heap, counters[HEAP])
                 if counters[AGES] != 0:
                     counters[AGE] = rows[top, PRIORITY]
                 return np.int64(top)
@@ -151,12 +151,12 @@ class Lfu:
         return np.int64(first)
 
     @staticmethod
-    def pin(key: int, rows: U32, counters: I64, heap: Ranks) -> None:
+    def pin(key: int, rows: U32, counters: I64, heap: LazyHeap) -> None:
         if rows[key, COUNT] < LISTS:
             unlink(rows, key)
 
     @staticmethod
-    def unpin(key: int, rows: U32, counters: I64, heap: Ranks) -> None:
+    def unpin(key: int, rows: U32, counters: I64, heap: LazyHeap) -> None:
         counters[CLOCK] += 1
         rows[key, STAMP] = counters[CLOCK]
         if rows[key, COUNT] < LISTS:

@@ -19,7 +19,7 @@ from __future__ import annotations
 from kvtrace_replay.policies.lfu import I64, U32, Lfu, setup_counts
 from kvtrace_replay.policies.registry import policy
 from kvtrace_replay.policies.stream import Stream
-from kvtrace_replay.structures.ranks import Ranks
+from kvtrace_replay.structures.lazy_heap import LazyHeap
 
 
 @policy(
@@ -31,7 +31,7 @@ class Lfuda:
     """State: that of `lfu`."""
 
     @staticmethod
-    def setup(stream: Stream, capacity: int) -> tuple[U32, I64, Ranks]:
+    def setup(stream: Stream, capacity: int) -> tuple[U32, I64, LazyHeap]:
         return setup_counts(stream, capacity, ages=True)
 
     insert = Lfu.insert

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from numba.core.errors import NumbaError
 
-from kvtrace_replay.cache import runs as one_tier
+from kvtrace_replay.cache.prepare import Prepared, prepare, too_small
+from kvtrace_replay.cache.runs import UNUSED
 from kvtrace_replay.capacity import parse_capacity
 from kvtrace_replay.policies.registry import MAX_STATE, Policy, find_policy
 from kvtrace_replay.tiers import words
@@ -88,8 +89,8 @@ def replay_tiers(
     if bytes_per_token is not None:
         workload = replace(workload, bytes_per_block=max(1, round(bytes_per_token * workload.block_size)))
     levels = _levels(workload, [parse_tier(t) if isinstance(t, str) else t for t in tiers], semantics)
-    run = one_tier._prepare(workload, semantics, warmup)
-    why = one_tier._too_small(run, levels[0].capacity)
+    run = prepare(workload, semantics, warmup)
+    why = too_small(run, levels[0].capacity)
     found = None if why else _drive(levels, run)
     rows = [
         _tier_row(k, level, found, workload.bytes_per_block, prefill_tokens_per_s) for k, level in enumerate(levels)
@@ -129,7 +130,7 @@ def _levels(workload: Workload, tiers: list[Tier], semantics: str) -> list[_Leve
     return levels
 
 
-def _drive(levels: list[_Level], run: Any) -> _Found:
+def _drive(levels: list[_Level], run: Prepared) -> _Found:
     stream = run.stream
     n, n_refs, n_requests = stream.n_identities, stream.refs.size, stream.prompt_blocks.size
     # More room than there are blocks changes nothing; state sized by the capacity then stays small.
@@ -144,7 +145,7 @@ def _drive(levels: list[_Level], run: Any) -> _Found:
         rules[k, words.INCLUSIVE] = level.tier.mode == "inclusive"
         rules[k, words.PROMOTE] = level.tier.promote
         state = level.entry.state(stream, size)
-        padding = (one_tier._UNUSED,) * (MAX_STATE - len(state))
+        padding = (UNUSED,) * (MAX_STATE - len(state))
         slots.append((level.entry.tag, np.full(n, words.ABSENT, np.int32), *state, *padding))
     # Of the same types as the last tier's, so that unused slots compile nothing of their own.
     slots += [slots[-1]] * (words.MAX_TIERS - len(slots))

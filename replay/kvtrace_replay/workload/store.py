@@ -6,9 +6,10 @@
     arrays   each at a multiple of 64 bytes, offsets counted from the first one, little-endian
 
 `of_trace` keeps such a file beside the trace, named after it (`run.kvt` -> `.run.kvt.e0-b16.workload`), so that the
-next replay of a large trace starts at once. It is used only where its key fits: the trace's header, and the names,
-sizes, times of change and last bytes (checksum included) of its files. A folder that cannot be written to only costs
-that start. `KVTRACE_WORKLOADS=off` keeps none.
+next replay of a large trace starts at once. It is used only where its key fits: the trace's header, the names, sizes,
+times of change and last bytes (checksum included) of its files, and the code that made it. Of a trace without an end
+record none is kept, for it may still be growing. A folder that cannot be written to only costs that start.
+`KVTRACE_WORKLOADS=off` keeps none.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import numpy.typing as npt
 
+from kvtrace_replay.workload import recorded
 from kvtrace_replay.workload.model import Workload
 from kvtrace_replay.workload.recorded import from_trace
 from kvtrace_traces.errors import KvtraceError
+from kvtrace_traces.sources import sources_hash
 
 MAGIC = b"KVWORKL1"
 ALIGNMENT = 64
@@ -69,7 +72,7 @@ def of_trace(trace: Any, block_size: int | None = None, engine_index: int | None
 
 
 def _of_files(trace: Any, header: dict[str, Any], size: int, index: int) -> Workload:
-    if os.environ.get("KVTRACE_WORKLOADS", "") == "off":
+    if os.environ.get("KVTRACE_WORKLOADS", "") == "off" or not trace.complete:
         return from_trace(trace, size, index)
     place = _place(Path(trace.path), index, size)
     try:
@@ -93,7 +96,8 @@ def _place(path: Path, index: int, size: int) -> Path:
 
 
 def _key(trace: Any, header: dict[str, Any], size: int) -> str:
-    mark = hashlib.sha256(json.dumps([2, size, header], sort_keys=True, default=str).encode())
+    made_by = sources_hash(recorded.__file__)
+    mark = hashlib.sha256(json.dumps([made_by, size, header], sort_keys=True, default=str).encode())
     for file in trace.files:
         stat = file.stat()
         mark.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns} ".encode())

@@ -114,3 +114,20 @@ def test_none_is_kept_where_the_user_wants_none(trace_file: Path, monkeypatch: p
     monkeypatch.setenv("KVTRACE_WORKLOADS", "off")
     assert of_trace(open_trace(trace_file)).n_requests == 20
     assert kept(trace_file) == []
+
+
+def test_a_trace_that_may_still_grow_is_not_kept(trace_file: Path) -> None:
+    trace_file.write_bytes(trace_file.read_bytes()[:-1])  # its end record is torn
+    trace = open_trace(trace_file)
+    assert not trace.complete
+    assert of_trace(trace).n_requests == 20
+    assert kept(trace_file) == []
+
+
+def test_what_other_code_made_is_made_again(trace_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_trace(open_trace(trace_file))
+    (file,) = kept(trace_file)
+    monkeypatch.setattr(store, "sources_hash", lambda _: "another")
+    before = file.read_bytes()
+    of_trace(open_trace(trace_file))
+    assert file.read_bytes() != before
