@@ -180,7 +180,7 @@ class Judge:
                 row[6] += tokens - 1  # the last of its tokens had never been computed
         known = [self._known(number) for number, _ in scheduled]
         work = (
-            sum(known), sum(tokens * tokens for tokens in known), 0, 0
+            sum(known), sum(tokens * (tokens + 1) // 2 for tokens in known), 0, 0
         ) if prefill else (0, 0, len(known), sum(known))  # fmt: skip
         queues = (self.scheduler.running, self.scheduler.waiting, self.scheduler.swapped)
         self.steps.append(

@@ -9,7 +9,8 @@ import numpy as np
 from kvtrace_replay.schedulers.vllm_v0.layout import ENDS, KINDS, MOVES
 from kvtrace_replay.schedulers.vllm_v0.requests import RequestsV0
 from kvtrace_replay.schedulers.vllm_v0.run import RunV0, simulate_v0
-from kvtrace_replay.schedulers.vllm_v0.settings import SettingsV0, StepCosts
+from kvtrace_replay.schedulers.vllm_v0.settings import SettingsV0
+from kvtrace_replay.timing.costs import StepCosts
 
 from .cases import Case
 from .twin import Run

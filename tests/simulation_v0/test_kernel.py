@@ -15,7 +15,8 @@ import pytest
 from kvtrace_replay.schedulers.vllm_v0 import run as run_module
 from kvtrace_replay.schedulers.vllm_v0.layout import ENDS, STEP_COLUMNS
 from kvtrace_replay.schedulers.vllm_v0.run import RunV0, compile_v0, simulate_v0
-from kvtrace_replay.schedulers.vllm_v0.settings import DEFECTS, StepCosts
+from kvtrace_replay.schedulers.vllm_v0.settings import DEFECTS
+from kvtrace_replay.timing.costs import StepCosts
 
 from . import cases
 from .cases import REFERENCE_COUNTS, random_case, reference

@@ -17,10 +17,10 @@ from kvtrace_replay.schedulers.vllm_v0.run import RunV0, simulate_v0
 from kvtrace_replay.schedulers.vllm_v0.settings import (
     DEFECTS,
     SettingsV0,
-    StepCosts,
     settings_of,
     swap_space_blocks,
 )
+from kvtrace_replay.timing.costs import StepCosts
 from kvtrace_traces.errors import UsageError
 
 

@@ -14,7 +14,8 @@ import kvtrace
 from kvtrace_replay.schedulers.recorded import recorded
 from kvtrace_replay.schedulers.vllm_v0.requests import requests_of, requests_of_table
 from kvtrace_replay.schedulers.vllm_v0.run import simulate_v0
-from kvtrace_replay.schedulers.vllm_v0.settings import StepCosts, settings_of
+from kvtrace_replay.schedulers.vllm_v0.settings import settings_of
+from kvtrace_replay.timing.costs import StepCosts
 from kvtrace_traces.errors import UsageError
 
 SAMPLE = Path(__file__).resolve().parents[2] / "traces" / "samples" / "thrash.kvt"

@@ -29,7 +29,7 @@ class Run:
 
     `steps`: for each call that changed something (kind, [(request, tokens)], [request recomputed], [(request swapped
     out, blocks)], [(request swapped in, blocks)], [request dropped], free GPU blocks, free CPU blocks, running,
-    waiting, swapped, tokens of prefill, the sum of their squares, rows of decode, tokens that these look at).
+    waiting, swapped, tokens of prefill, pairs of a query and a key in them, rows of decode, tokens that these look at).
     `requests`: for each (first call, last call, recomputations, swaps, blocks out, blocks in, tokens computed again,
     tokens at the end, how it ended).
     `ended`: "done", "livelock" or "swap-space". `leaked`: CPU blocks that ended requests still hold.
@@ -274,7 +274,8 @@ class Twin:
         if scheduled:
             kind = "prefill"
             self.running += [request for request, _ in scheduled]
-            work = (sum(tokens for _, tokens in scheduled), sum(tokens**2 for _, tokens in scheduled), 0, 0)
+            known = [tokens for _, tokens in scheduled]
+            work = (sum(known), sum(tokens * (tokens + 1) // 2 for tokens in known), 0, 0)
             if not self.has("prefill-alone"):
                 new = [request for request, _ in scheduled]
                 self.running = [request for request in self.running if request not in new]

@@ -37,14 +37,14 @@ UNFINISHED, FINISHED, MODEL_LENGTH, ABORTED, PROMPT_TOO_LONG, NEVER_FITS, DROPPE
 STEP_COLUMNS = (
     "kind", "requests", "recomputed", "swapped_out", "swapped_in", "ignored", "free_gpu_blocks", "free_cpu_blocks",
     "running", "waiting", "swapped", "start_ns", "end_ns",
-    "prefill_tokens", "prefill_squares", "decode_rows", "decode_context", "blocks_swapped_in", "blocks_swapped_out",
+    "prefill_tokens", "prefill_pairs", "decode_rows", "decode_context", "blocks_swapped_in", "blocks_swapped_out",
 )  # fmt: skip
 (
     S_KIND, S_REQUESTS, S_RECOMPUTED, S_OUT, S_BACK, S_IGNORED, S_FREE_GPU, S_FREE_CPU, S_RUNNING, S_WAITING, S_SWAPPED,
-    S_START, S_END, S_PREFILL, S_SQUARES, S_ROWS, S_CONTEXT, S_BLOCKS_IN, S_BLOCKS_OUT,
+    S_START, S_END, S_PREFILL, S_PAIRS, S_ROWS, S_CONTEXT, S_BLOCKS_IN, S_BLOCKS_OUT,
 ) = range(19)  # fmt: skip
 S_FIELDS = len(STEP_COLUMNS)
-#: The part of a row that costs time, in the order of `StepCosts`.
+#: The part of a row that costs time, in the order of `timing.costs.WORK`.
 WORK = slice(S_PREFILL, S_FIELDS)
 KINDS = ("idle", "prefill", "decode")
 IDLE, PREFILL, DECODE = range(3)

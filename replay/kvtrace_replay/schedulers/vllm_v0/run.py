@@ -13,7 +13,8 @@ from kvtrace_replay.schedulers.recorded import Recorded
 from kvtrace_replay.schedulers.vllm_v0 import layout as at
 from kvtrace_replay.schedulers.vllm_v0 import loop
 from kvtrace_replay.schedulers.vllm_v0.requests import RequestsV0, Served, requests_of
-from kvtrace_replay.schedulers.vllm_v0.settings import DEFECTS, SettingsV0, StepCosts
+from kvtrace_replay.schedulers.vllm_v0.settings import DEFECTS, SettingsV0
+from kvtrace_replay.timing.costs import StepCosts
 from kvtrace_traces.compile import warm
 from kvtrace_traces.errors import UsageError
 
@@ -104,7 +105,7 @@ class RunV0:
 
     @property
     def work(self) -> I64:
-        """int64[calls, 6]: what a model of time needs, the columns in the order of `StepCosts` without `call`."""
+        """int64[calls, 6]: what costs time, in the order of `timing.costs.WORK` without `call`."""
         return self.rows[:, at.WORK]
 
 

@@ -30,9 +30,9 @@ from kvtrace_replay.schedulers.vllm_v0.layout import (
     R_STOP,
     R_TOKENS,
     S_CONTEXT,
+    S_PAIRS,
     S_PREFILL,
     S_ROWS,
-    S_SQUARES,
 )
 from kvtrace_replay.schedulers.vllm_v0.preempt import place_of_victim, preempt
 from kvtrace_replay.schedulers.vllm_v0.queues import head_of_waiting, note_move, pop_waiting, take_out
@@ -70,7 +70,7 @@ def schedule_prefills(p, g, req, stack, come, batch, moves, row):
         g[G_FREE_GPU] -= required
         req[request, R_BLOCKS] = required
         spent += tokens
-        row[S_SQUARES] += tokens * tokens
+        row[S_PAIRS] += tokens * (tokens + 1) // 2
         batch[n] = request
         n += 1
     row[S_PREFILL] = spent

@@ -1,4 +1,4 @@
-"""`SettingsV0`: the configuration of a simulated vLLM 0.4.2; `StepCosts`: what its calls take."""
+"""`SettingsV0`: the configuration of a simulated vLLM 0.4.2."""
 
 from __future__ import annotations
 
@@ -31,31 +31,6 @@ DEFECTS = {
     "spare-block": "a decoding request without a free block preempts others, though its last block has room; mended: "
     "it asks for a block when it needs one",
 }
-
-
-@dataclass(frozen=True)
-class StepCosts:
-    """What a call of the engine takes, in nanoseconds: a sum over its work.
-
-    `call`: at all. `prefill_token`: a token of a prefill. `prefill_square`: the square of a prefill's tokens, for
-    attention. `decode_row`: a decoding request. `decode_context`: a token in whose cache a decoding request looks.
-    `block_in`, `block_out`: a block copied.
-    """
-
-    call: float
-    prefill_token: float = 0.0
-    prefill_square: float = 0.0
-    decode_row: float = 0.0
-    decode_context: float = 0.0
-    block_in: float = 0.0
-    block_out: float = 0.0
-
-    def array(self) -> F64:
-        """float64[7]. Raises UsageError for a cost that is negative or not finite, or a call that takes no time."""
-        values = np.array(list(vars(self).values()), np.float64)
-        if not np.isfinite(values).all() or (values < 0).any() or self.call < 1:
-            raise UsageError("costs of a step must be finite and not negative, and a call takes at least 1 ns")
-        return values
 
 
 @dataclass(frozen=True, eq=False)

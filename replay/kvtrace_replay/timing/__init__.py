@@ -1,0 +1,1 @@
+"""What a scheduler step costs: work, costs per unit of it, and profiles that hold them."""

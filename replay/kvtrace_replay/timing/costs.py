@@ -1,0 +1,41 @@
+"""`StepCosts`: what a scheduler step takes, as a sum over its work.
+
+The work of a step, in the order of WORK, is: once `call`; `prefill_token`, tokens that rows of prefill compute;
+`prefill_pair`, pairs of a query and a key that their attention looks at: a row that computes t tokens after c others
+has t * c + t * (t + 1) / 2; `decode_row`, rows of decode: one token, past the prompt; `decode_context`, tokens that
+these look at, their own among them; `block_in` and `block_out`, KV blocks copied to the device and from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kvtrace_traces.errors import UsageError
+
+F64 = npt.NDArray[np.float64]
+
+WORK = ("call", "prefill_token", "prefill_pair", "decode_row", "decode_context", "block_in", "block_out")
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """What a step takes, in nanoseconds for a unit of each kind of WORK."""
+
+    call: float
+    prefill_token: float = 0.0
+    prefill_pair: float = 0.0
+    decode_row: float = 0.0
+    decode_context: float = 0.0
+    block_in: float = 0.0
+    block_out: float = 0.0
+
+    def array(self) -> F64:
+        """float64[7], in the order of WORK. Raises UsageError for a cost that is negative or not finite, or a call that
+        takes no time."""
+        values = np.array([getattr(self, name) for name in WORK], np.float64)
+        if not np.isfinite(values).all() or (values < 0).any() or self.call < 1:
+            raise UsageError("costs of a step must be finite and not negative, and a call takes at least 1 ns")
+        return values
