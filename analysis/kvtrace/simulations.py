@@ -12,32 +12,34 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from kvtrace.api import Trace, open
+from kvtrace_replay.schedulers.latencies import SUMMARY, request_times
 from kvtrace_replay.schedulers.log import write_run
 from kvtrace_replay.schedulers.settings import VARIABLE
 from kvtrace_replay.schedulers.sweep import Cell, rows
 from kvtrace_replay.schedulers.sweep import simulate as simulate_engine
 from kvtrace_replay.schedulers.vllm_v1 import layout as at
+from kvtrace_replay.timing.profile import Profile
 from kvtrace_traces.errors import KvtraceError, UsageError
 from kvtrace_traces.schema import FINISH_REASONS
 
 if TYPE_CHECKING:
     from kvtrace_replay.schedulers.vllm_v1.run import Run
 
-TIMES = ("duration_s", "ttft_p50_s", "ttft_p99_s", "itl_p50_s", "itl_p99_s", "output_tokens_per_s")
-
 
 @dataclass(frozen=True, eq=False)
 class Simulated:
-    """The cells of a grid, each with the index of its engine; `several`: whether the trace has more than one engine."""
+    """The cells of a grid, each with the index of its engine; `several`: whether the trace has more than one engine;
+    `timing`: what steps cost, None where nothing is timed."""
 
     cells: list[tuple[int, Cell]]
     several: bool
+    timing: Profile | None = None
 
     def frame(self) -> pl.DataFrame:
         """One row per cell: the columns of `kvtrace simulate --json`."""
         found = pl.DataFrame(rows([cell for _, cell in self.cells]), infer_schema_length=None)
         found = found.with_columns(
-            *(pl.col(name).cast(pl.Float64) for name in TIMES),
+            *(pl.col(name).cast(pl.Float64) for name in SUMMARY),
             pl.col("why").cast(pl.String),
             pl.col("exact").cast(pl.Boolean),
         )
@@ -49,6 +51,7 @@ class Simulated:
     def varied(self) -> list[str]:
         """The settings that are not the same in all cells."""
         names = [name for name in VARIABLE if len({getattr(cell.settings, name) for _, cell in self.cells}) > 1]
+        names += ["rate"] if len({cell.rate for _, cell in self.cells}) > 1 else []
         return ["engine_index", *names] if self.several else names
 
     def per_request(self) -> pl.DataFrame:
@@ -65,7 +68,8 @@ class Simulated:
         for index, cell in self.cells:
             if cell.run is None:
                 continue
-            values = [index if name == "engine_index" else getattr(cell.settings, name) for name in names]
+            told = {**vars(cell.settings), "engine_index": index, "rate": cell.rate}
+            values = [told[name] for name in names]
             lead = [pl.lit(value).alias(name) for name, value in zip(names, values, strict=True)]
             frames.append(make(cell, cell.run).select(*lead, pl.all()))
         if not frames:
@@ -93,6 +97,11 @@ def simulate(
     victim: str | Sequence[str] | None = None,
     mend: Sequence[str] = (),
     arrivals: str | None = None,
+    timing: str | Profile | None = None,
+    rate: str | float | Sequence[str | float] | None = None,
+    seed: int = 0,
+    pinned: bool = True,
+    overlap: float = 0.0,
     allow_lossy: bool = False,
 ) -> pl.DataFrame:
     """Run a trace's requests through the scheduler that recorded them, at other settings: one row per combination.
@@ -100,18 +109,22 @@ def simulate(
     Every setting takes one value or several; None is the trace's own. `num_blocks` (the null block included) also
     takes an amount such as `10k`, `8GiB` or `65536tok`; a `block_size` without `num_blocks` keeps the bytes. `policy`:
     who is evicted, `vllm` for its own free queue or a policy of `replay`.
-    `arrivals`: `step` (as recorded, the default) or `all` (at once, the default of `vllm-v0`).
+    `arrivals`: `step` (as recorded, the default), `all` (at once, the default of `vllm-v0` and of imports) or `time`:
+    at the recorded times, or, with `rate`, "x2" as fast or, as a Poisson process of `seed`, so many a second.
+    `timing`: what steps cost: a profile, its file or name, or GPU:MODEL; None learns it from the trace's own steps,
+    where it has times; "none": nothing is timed.
 
     `engine="vllm-v0"` is vLLM 0.4.2, whose rules are in docs/vllm-v0-semantics.md. It takes num_blocks (there is no
     null block), block_size, max_num_seqs, max_num_batched_tokens, watermark, and for itself `preemption` ("recompute",
-    "swap"), `swap_space` (GiB of host memory), `victim` ("last", "most-blocks", "fewest-blocks") and `mend`, names of
-    defects that it is not to have. Its rows have what only it does, and nulls for what only V1 does.
+    "swap", "hybrid"), `swap_space` (GiB of host memory), `victim` ("last", "most-blocks", "fewest-blocks"), `pinned`
+    (whether that memory is page-locked), `overlap` (how much of the copying runs beside computing, 0 to 1) and `mend`,
+    names of defects that it is not to have. Its rows have what only it does, and nulls for what only V1 does.
 
     Columns: engine, the settings, arrivals, requests, steps, preemptions, evictions, hit_tokens, lookup_tokens,
-    token_hit_ratio, hit_tokens_after_preemption, times (null so far), exact, why (null where exact), seconds (the
-    kernel alone); a trace of several engines has engine_index in front. A combination that cannot be run has nulls,
-    and says why, unless it is the only one: then UsageError is raised, as for a value that cannot be. KvtraceError for
-    a trace that cannot be simulated, and for a lossy one unless `allow_lossy`.
+    token_hit_ratio, hit_tokens_after_preemption, times (`latencies.SUMMARY`), exact, why (null where exact), seconds
+    (the kernel alone); a trace of several engines has engine_index in front. A combination that cannot be run has
+    nulls, and says why, unless it is the only one: then UsageError is raised, as for a value that cannot be.
+    KvtraceError for a trace that cannot be simulated, and for a lossy one unless `allow_lossy`.
     """
     given = {
         "num_blocks": num_blocks,
@@ -131,13 +144,14 @@ def simulate(
     }
     given = {name: value for name, value in given.items() if value is not None}
     opened = trace if isinstance(trace, Trace) else open(trace)
+    clocked: dict[str, Any] = {"timing": timing, "rate": rate, "seed": seed}
     if engine == "vllm-v0":
         from kvtrace.simulations_v0 import simulate_v0_trace
 
-        refuse_lossy(opened, allow_lossy)
-        return simulate_v0_trace(opened, given, arrivals=arrivals or "all", mend=mend).frame()
+        more: dict[str, Any] = {"pinned": pinned, "overlap": overlap, "allow_lossy": allow_lossy}
+        return simulate_v0_trace(opened, given, arrivals=arrivals, mend=mend, **more, **clocked).frame()
     return simulate_trace(
-        opened, given, engine=engine, arrivals=arrivals or "step", mend=mend, allow_lossy=allow_lossy
+        opened, given, engine=engine, arrivals=arrivals, mend=mend, allow_lossy=allow_lossy, **clocked
     ).frame()
 
 
@@ -145,33 +159,71 @@ def simulate_trace(
     trace: Trace,
     settings: dict[str, Any],
     *,
+    arrivals: str | None = None,
     mend: Sequence[str] = (),
+    timing: str | Profile | None = None,
+    rate: str | float | Sequence[str | float] | None = None,
     allow_lossy: bool = False,
     progress: Any = None,
     **options: Any,
 ) -> Simulated:
-    """The cells of every engine of a trace. `options` are those of `kvtrace_replay.simulate`.
+    """The cells of every engine of a trace. Arguments as of `simulate`; `options` are those of
+    `kvtrace_replay.simulate`.
 
     Raises KvtraceError for a lossy trace unless `allow_lossy`.
     """
     refuse_lossy(trace, allow_lossy)
-    if options.get("arrivals") == "time":
-        raise UsageError("--arrivals time needs the cost of each step, which comes with timing: choose step or all")
+    arrivals = arrivals or ("time" if rate is not None else default_arrivals(trace))
+    profile = profile_for(trace, timing, arrivals)
     kinds = settings.get("preemption") or []
     if any(kind != "recompute" for kind in ([kinds] if isinstance(kinds, str) else kinds)):
         raise UsageError("--preemption: vLLM V1 recomputes what it preempts; --engine vllm-v0 also swaps")
-    for name in ("swap_space", "victim"):
-        if settings.get(name) is not None:
-            raise UsageError(f"--{name.replace('_', '-')} is of --engine vllm-v0, the engine that swaps")
+    if settings.get("swap_space") is not None:
+        raise UsageError("--swap-space is of --engine vllm-v0, the engine that swaps")
     if mend:
         raise UsageError("--mend is of --engine vllm-v0")
     own = {name: value for name, value in settings.items() if name != "preemption"}
     cells: list[tuple[int, Cell]] = []
     for header in trace.engines:
         index = int(header["engine_index"])
-        found = simulate_engine(trace.reader, own, engine_index=index, progress=progress, **options)
-        cells += [(index, cell) for cell in found]
-    return Simulated(cells, len(trace.engines) > 1)
+        for each in rates(rate):
+            found = simulate_engine(
+                trace.reader, own, engine_index=index, arrivals=arrivals, timing=profile, rate=each, progress=progress,
+                **options,
+            )  # fmt: skip
+            cells += [(index, cell) for cell in found]
+    return Simulated(cells, len(trace.engines) > 1, profile)
+
+
+def rates(given: str | float | Sequence[str | float] | None) -> list[str | float | None]:
+    """One or several as a list; none is the recorded one."""
+    if given is None or isinstance(given, str | float | int):
+        return [given]
+    return list(given) or [None]
+
+
+def default_arrivals(trace: Trace) -> str:
+    """As recorded; an import has no steps to arrive at."""
+    return "all" if any(header.get("source") == "import" for header in trace.engines) else "step"
+
+
+def profile_for(trace: Trace, timing: str | Profile | None, arrivals: str) -> Profile | None:
+    """What steps cost: `timing` as `simulate` takes it.
+
+    Raises KvtraceError where nothing was named, the trace's own steps do not tell, and `arrivals` need it.
+    """
+    from kvtrace_replay.timing.models import timing_for
+
+    if isinstance(timing, Profile):
+        return timing
+    if timing is not None and timing.strip().lower() == "none":
+        return None
+    try:
+        return timing_for(trace.reader, timing)
+    except KvtraceError:
+        if timing is not None or arrivals == "time":
+            raise
+        return None  # nobody asked for times
 
 
 def refuse_lossy(trace: Trace, allow_lossy: bool) -> None:
@@ -193,7 +245,7 @@ def request_frame(cell: Cell, run: Run) -> pl.DataFrame:
         return pl.when(column(which) >= 0).then(column(which))
 
     reasons = pl.Series([*FINISH_REASONS], dtype=pl.String)
-    return pl.select(
+    frame = pl.select(
         request=pl.Series(range(source.n_requests), dtype=pl.Int32),
         request_id=source.request_id,
         cached_tokens=known(at.O_CACHED),
@@ -206,6 +258,10 @@ def request_frame(cell: Cell, run: Run) -> pl.DataFrame:
         prompt_tokens=pl.Series(source.prompt),
         output_tokens=pl.Series(run.tokens - source.prompt),
     )
+    if run.clock is None:
+        return frame
+    times = request_times(run.clock.times, run.tokens - source.prompt)
+    return frame.with_columns(**{name: pl.Series(told).fill_nan(None) for name, told in times.items()})
 
 
 def step_frame(run: Run) -> pl.DataFrame:
@@ -214,8 +270,16 @@ def step_frame(run: Run) -> pl.DataFrame:
         "requests", "tokens", "running", "waiting", "free_blocks", "preempted", "empty_calls", "prefill_requests",
         "evictions",
     )  # fmt: skip
-    found = {"step": pl.Series(range(len(run.rows)), dtype=pl.Int32)}
-    return pl.DataFrame(found | {name: run.rows[:, i] for i, name in enumerate(names)})
+    frame = pl.DataFrame(
+        {"step": pl.Series(range(len(run.rows)), dtype=pl.Int32)}
+        | {name: run.rows[:, i] for i, name in enumerate(names)}
+    ).with_columns(
+        prefill_tokens=pl.col("tokens") - (pl.col("requests") - pl.col("prefill_requests")),
+        used_blocks=run.settings.num_blocks - 1 - pl.col("free_blocks"),
+    )
+    if run.clock is None:
+        return frame
+    return frame.with_columns(start_ns=pl.Series(run.clock.steps[:, 0]), end_ns=pl.Series(run.clock.steps[:, 1]))
 
 
 def check_single(trace: Trace, settings: dict[str, Any]) -> None:
@@ -231,4 +295,6 @@ def check_single(trace: Trace, settings: dict[str, Any]) -> None:
 def write_trace(simulated: Simulated, path: Path) -> None:
     """Write the first run of `simulated` as a trace to `path`, which must not exist."""
     _, cell = simulated.cells[0]
-    write_run(path, cell.recorded, cell.settings, cell.arrivals, why=cell.why)
+    timing = simulated.timing
+    costs = None if timing is None else timing.step_costs(cell.settings.block_size)
+    write_run(path, cell.recorded, cell.settings, cell.arrivals, why=cell.why, costs=costs)

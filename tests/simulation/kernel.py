@@ -27,8 +27,8 @@ def by_arrival(case: Any) -> list[int]:
     return sorted(range(len(case.requests)), key=lambda i: case.requests[i].arrival_step)
 
 
-def as_recorded(case: Any) -> Recorded:
-    """The requests of a case, as if a trace had been recorded at its block size."""
+def as_recorded(case: Any, step_ns: int = 1000) -> Recorded:
+    """The requests of a case, as if a trace had been recorded at its block size, with `step_ns` between two steps."""
     order = by_arrival(case)
     requests, size = [case.requests[i] for i in order], case.settings.block_size
     n = len(requests)
@@ -58,7 +58,10 @@ def as_recorded(case: Any) -> Recorded:
         arrival_late=np.zeros(n, bool),
         abort_step=numbers(NEVER if r.abort_step is None else r.abort_step for r in requests),
         abort_early=np.zeros(n, bool),
-        abort_ns=np.array(order, np.int64),
+        # Those aborted at one step in the order of their numbers.
+        abort_ns=numbers(((r.abort_step or 0) * step_ns + i for i, r in zip(order, requests, strict=True)), np.int64),
+        arrival_ns=numbers((r.arrival_step * step_ns for r in requests), np.int64),
+        due_ns=numbers((r.arrival_step * step_ns for r in requests), np.int64),
         tenant=np.zeros(n, np.uint64),
         chain=dense.astype(np.int32),
         chain_at=np.concatenate([[0], np.cumsum([len(c) for c in chains])]).astype(np.int64),

@@ -168,14 +168,15 @@ class _Engine:
         depth = 2 if self.settings.async_scheduling and self.on("queue-depth") else 1
         queue: deque[Batch] = deque()
         while True:
-            self._arrive([one for one in self.live if one.request.arrival_step <= self.begun])
+            self._arrive([one for one in self.live if self._due(one) <= self._position()])
             self._abort()
             if not queue and not self._has_requests():
                 absent = [one for one in self.live if one.status == "absent"]
                 if not absent:
                     break
-                following = min(one.request.arrival_step for one in absent)
-                self._arrive([one for one in absent if one.request.arrival_step == following])
+                following = min(self._due(one) for one in absent)
+                self._jump(following)
+                self._arrive([one for one in absent if self._due(one) == following])
                 continue
             # EngineCore.step_with_batch_queue; with a depth of one this is EngineCore.step.
             if self._has_requests():
@@ -197,6 +198,19 @@ class _Engine:
         ]
         return self.result
 
+    def _position(self) -> int:
+        """Where the run stands among the arrivals."""
+        return self.begun
+
+    def _due(self, one: Live) -> int:
+        return one.request.arrival_step
+
+    def _jump(self, following: int) -> None:
+        """The engine idles until position `following`."""
+
+    def _aborted(self, one: Live) -> bool:
+        return one.request.abort_step is not None and one.request.abort_step < self.begun
+
     def _unfinished(self) -> bool:
         return bool(self.waiting or self.running)
 
@@ -210,13 +224,7 @@ class _Engine:
                 self.waiting.append(one)
 
     def _abort(self) -> None:
-        due = [
-            one
-            for one in self.live
-            if one.status in ("waiting", "running")
-            and one.request.abort_step is not None
-            and one.request.abort_step < self.begun
-        ]
+        due = [one for one in self.live if one.status in ("waiting", "running") and self._aborted(one)]
         for one in due if self.on("aborts-in-order") else reversed(due):
             (self.running if one.status == "running" else self.waiting).remove(one)
             self._finish(one, "abort")

@@ -41,7 +41,8 @@ class Settings:
 @dataclass(frozen=True)
 class Case:
     """Requests, settings, and what a call costs in nanoseconds: at all, by token of prefill, by pair of a query and a
-    key in these, by decoding row, by token that these read, by block swapped in, by block swapped out; None for one tick a call."""
+    key in these, by decoding row, by token that these read, by block swapped in, by block swapped out; None for one
+    tick a call."""
 
     requests: list[Request]
     settings: Settings

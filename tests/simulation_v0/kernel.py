@@ -38,7 +38,7 @@ def settings(case: Case) -> SettingsV0:
 
 def simulated(case: Case, *, detail: bool = True) -> RunV0:
     costs = None if case.costs is None else StepCosts(*case.costs)
-    return simulate_v0(requests(case), settings(case), costs=costs, detail=detail)
+    return simulate_v0(requests(case), settings(case), costs=costs, by_time=costs is not None, detail=detail)
 
 
 def kernel_run(case: Case) -> Run:
@@ -56,7 +56,7 @@ def kernel_run(case: Case) -> Run:
         steps.append((KINDS[row[0]], scheduled, *moves.values(), *row[6:11], *row[13:17]))
     assert begin == len(run.scheduled)
     names = list(ENDS)
-    rows = [(*told[:7], tokens, names[told[9]]) for told, tokens in zip(run.told.tolist(), run.tokens, strict=True)]
+    rows = [(*told[:7], tokens, names[told[-1]]) for told, tokens in zip(run.told.tolist(), run.tokens, strict=True)]
     return Run(steps, rows, run.ended, run.leaked_blocks)
 
 

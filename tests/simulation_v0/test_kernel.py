@@ -17,6 +17,7 @@ from kvtrace_replay.schedulers.vllm_v0.layout import ENDS, STEP_COLUMNS
 from kvtrace_replay.schedulers.vllm_v0.run import RunV0, compile_v0, simulate_v0
 from kvtrace_replay.schedulers.vllm_v0.settings import DEFECTS
 from kvtrace_replay.timing.costs import StepCosts
+from kvtrace_traces.errors import UsageError
 
 from . import cases
 from .cases import REFERENCE_COUNTS, random_case, reference
@@ -68,8 +69,8 @@ def test_what_is_kept_changes_nothing(seed: int, monkeypatch: pytest.MonkeyPatch
     """Neither do buffers that fill up."""
     case = random_case(seed)
     costs = None if case.costs is None else StepCosts(*case.costs)
-    bare = simulate_v0(requests(case), settings(case), costs=costs)
-    rows = simulate_v0(requests(case), settings(case), costs=costs, step_rows=True)
+    bare = simulate_v0(requests(case), settings(case), costs=costs, by_time=costs is not None)
+    rows = simulate_v0(requests(case), settings(case), costs=costs, by_time=costs is not None, step_rows=True)
     detail = simulated(case)
     monkeypatch.setattr(run_module, "ROWS", 3)
     monkeypatch.setattr(run_module, "MOVES", 1)
@@ -108,18 +109,65 @@ def test_the_clock_is_what_calls_cost() -> None:
     seen = 0
     for seed in range(20):
         case = random_case(seed, "swap")
-        run = simulate_v0(requests(case), settings(case), costs=costs, step_rows=True)
-        took = (run.work * costs.array()[1:]).sum(axis=1) + costs.call
+        run = simulate_v0(requests(case), settings(case), costs=costs, by_time=costs is not None, step_rows=True)
+        took = (run.work * costs.array()[1:7]).sum(axis=1) + costs.call
         columns = run.step_columns()
         assert (columns["end_ns"] - columns["start_ns"] == took.astype(np.int64)).all()
         assert (columns["start_ns"][1:] >= columns["end_ns"][:-1]).all()
         told = run.request_columns()
-        for name, at in (("first_token_ns", "first_step"), ("last_token_ns", "last_step")):
-            sampled = (told[name] >= 0) & (told["tokens"] > requests(case).prompt)
+        ended = np.isin(told["end"], ("finished", "model-length"))
+        for name, at, of in (("first_token_ns", "first_step", True), ("last_token_ns", "last_step", ended)):
+            sampled = (told[name] >= 0) & (told["tokens"] > requests(case).prompt) & of
             assert (told[name][sampled] == columns["end_ns"][told[at][sampled]]).all()
             seen += int(sampled.sum())
         assert run.duration_ns == (columns["end_ns"][-1] if run.calls else run.duration_ns)
     assert seen > 100
+
+
+def test_when_tokens_come() -> None:
+    """Who is scheduled has a token when the call ends; the time between two of them is a gap."""
+    costs = StepCosts(1000, 7, 0.5, 30, 2, 11, 13, overlap=0.5)
+    seen = 0
+    for seed in range(30):
+        case = random_case(seed, ("recompute", "swap")[seed % 2])
+        run = simulate_v0(requests(case), settings(case), costs=costs, by_time=seed % 3 > 0, detail=True)
+        last: dict[int, int] = {}
+        first: dict[int, int] = {}
+        begun: dict[int, int] = {}
+        gaps, at = [], 0
+        columns = run.step_columns()
+        for many, start, end in zip(columns["requests"], columns["start_ns"], columns["end_ns"], strict=True):
+            for request in run.scheduled[at : at + many, 0].tolist():
+                if request in last:
+                    gaps.append(end - last[request])
+                last[request] = end
+                first.setdefault(request, end)
+                begun.setdefault(request, start)
+            at += many
+        assert np.sort(np.repeat(run.gaps[:, 0], run.gaps[:, 1])).tolist() == sorted(gaps)
+        for request, (arrived, *rest) in enumerate(run.times.tolist()):
+            assert rest == [times.get(request, -1) for times in (begun, first, last)]
+            assert arrived <= begun.get(request, arrived)
+        seen += len(gaps)
+    assert seen > 1000
+
+
+def test_copies_may_run_beside_computing() -> None:
+    case = random_case(1, "swap")
+
+    def took(overlap: float) -> None:
+        costs = StepCosts(1000, 7, block_in=500, block_out=700, overlap=overlap)
+        run = simulate_v0(requests(case), settings(case), costs=costs, step_rows=True)
+        columns, work = run.step_columns(), run.work
+        computing, copying = 1000 + 7 * work[:, 0], 500 * work[:, 4] + 700 * work[:, 5]
+        assert copying.any()
+        both = computing + copying - overlap * np.minimum(computing, copying)
+        assert (columns["end_ns"] - columns["start_ns"] == both).all()
+
+    took(0.0)
+    took(1.0)
+    with pytest.raises(UsageError, match="overlap"):
+        took(1.5)
 
 
 def test_times_are_left_out_where_calls_have_no_costs() -> None:

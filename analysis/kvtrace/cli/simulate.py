@@ -19,12 +19,27 @@ from kvtrace_traces.errors import UsageError
 if TYPE_CHECKING:
     from kvtrace.api import Trace
     from kvtrace.simulations import Simulated
+    from kvtrace.simulations_v0 import SimulatedV0
+    from kvtrace_replay.timing.profile import Profile
 
 # What people see besides the settings that vary.
 SHOWN = ("steps", "preemptions", "evictions", "hit_tokens", "token_hit_ratio", "exact", "seconds")
+SHOWN_TIMED = (
+    "steps", "preemptions", "evictions", "token_hit_ratio", "ttft_p50_s", "ttft_p99_s", "itl_p99_s",
+    "output_tokens_per_s", "exact",
+)  # fmt: skip
+SOURCES = {
+    "trace": "learnt from the trace's own steps",
+    "device": "measured on the device",
+    "roofline": "by arithmetic from published rates",
+}
 SHOWN_V0 = (
     "steps", "prefill_steps", "recomputes", "swaps", "blocks_swapped_out", "recomputed_tokens", "finished", "dropped",
     "ended", "seconds",
+)  # fmt: skip
+SHOWN_V0_TIMED = (
+    "steps", "recomputes", "swaps", "blocks_swapped_out", "recomputed_tokens", "ended", "duration_s", "ttft_p99_s",
+    "itl_p99_s", "output_tokens_per_s",
 )  # fmt: skip
 # vLLM's own spellings; it takes underscores, too.
 ALIASES = {
@@ -62,7 +77,7 @@ def spelling(name: str) -> str:
     "simulate",
     epilog=examples(
         "kvtrace simulate traces/samples/thrash.kvt --num-blocks 200,400 --max-num-seqs 16,32",
-        "kvtrace simulate traces/samples/thrash.kvt --num-blocks 300 -o larger.kvt --per-request requests.csv",
+        "kvtrace simulate traces/samples/chat.kvt --arrivals time --rate x1,x2,x4",
     ),
     context_settings={"token_normalize_func": spelling},
 )
@@ -89,15 +104,26 @@ def spelling(name: str) -> str:
 @click.option("--policy", type=Policies(), metavar="A,B",
               help="Who is evicted: vllm (its own free queue) or a policy; `kvtrace policies` lists them.")  # fmt: skip
 @click.option("--preemption", type=Items(), metavar="A,B",
-              help="What becomes of a victim: recompute; with --engine vllm-v0 also swap.")  # fmt: skip
+              help="What becomes of a victim: recompute; vllm-v0: also swap, or hybrid, the cheaper.")  # fmt: skip
 @click.option("--swap-space", type=Items(float), metavar="A,B",
               help="vllm-v0: GiB of host memory to swap to. [default: 4]")  # fmt: skip
 @click.option("--victim", type=Items(), metavar="A,B",
-              help="vllm-v0: who is preempted, last (its rule), most-blocks or fewest-blocks.")  # fmt: skip
+              help="Who is preempted: vllm (its rule), last, first, fewest-blocks, most-blocks, lowest-priority, "
+                   "cheapest; vllm-v0: last (its rule), most-blocks, fewest-blocks.")  # fmt: skip
 @click.option("--mend", type=Items(), metavar="A,B",
               help="vllm-v0: defects that the engine is not to have (docs/vllm-v0-semantics.md).")  # fmt: skip
 @click.option("--arrivals", metavar="HOW",
-              help="step (at the recorded steps) or all (before the first). [default: step; vllm-v0: all]")  # fmt: skip
+              help="step (at the recorded steps), all (before the first) or time. "
+                   "[default: step; time with --rate; vllm-v0 and imports: all]")  # fmt: skip
+@click.option("--timing", metavar="PROFILE",
+              help="What steps cost: a profile (a file or a name), GPU:MODEL, or none. [default: as the trace's own "
+                   "steps tell]")  # fmt: skip
+@click.option("--rate", type=Items(), metavar="A,B",
+              help="Other times of arrival: x2 (twice as fast as recorded), or 8 (a second, Poisson).")  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True, help="Of --rate's Poisson process.")
+@click.option("--pageable", is_flag=True, help="vllm-v0: CPU blocks are not page-locked.")
+@click.option("--swap-overlap", type=click.FloatRange(0, 1), default=0.0, metavar="SHARE",
+              help="vllm-v0: how much of the copying runs beside computing, 0 (none, as 0.4.2) to 1.")  # fmt: skip
 @click.option("--per-request", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Write a row per request (.csv, .parquet or .json).")  # fmt: skip
 @click.option("--per-step", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
@@ -110,6 +136,11 @@ def command(
     path: Path,
     engine: str,
     arrivals: str | None,
+    timing: str | None,
+    rate: list[str] | None,
+    seed: int,
+    pageable: bool,
+    swap_overlap: float,
     mend: list[str] | None,
     per_request: Path | None,
     per_step: Path | None,
@@ -126,6 +157,7 @@ def command(
     """
     from kvtrace.people import Style
     from kvtrace.simulations import check_single, simulate_trace, write_trace
+    from kvtrace.simulations_v0 import simulate_v0_trace
 
     for file in (per_request, per_step):
         if file is not None:
@@ -134,68 +166,70 @@ def command(
     if out is not None:
         refuse_to_overwrite(out, output.force)
     (trace,) = open_traces([path])
-    settings = chosen(options)
-    if engine == "vllm-v0":
-        if out is not None:
-            raise UsageError("-o writes runs of vLLM V1 only: leave it out, or take --per-step")
-        return _run_v0(trace, settings, arrivals or "all", mend or [], per_request, per_step, allow_lossy, output)
+    settings, old = chosen(options), engine == "vllm-v0"
+    if out is not None and old:
+        raise UsageError("-o writes runs of vLLM V1 only: leave it out, or take --per-step")
     if out is not None:
-        check_single(trace, settings)
-    found = simulate_trace(
-        trace, settings, engine=engine, arrivals=arrivals or "step", mend=mend or (), step_rows=per_step is not None,
-        allow_lossy=allow_lossy, progress=_show_progress if sys.stderr.isatty() else None,
-    )  # fmt: skip
-    rows = found.frame()
-    output.facts(*facts(trace, found, "block_size" in settings and "num_blocks" not in settings))
-    varied = found.varied()
-    output.table(rows, Style(columns=[*varied, *SHOWN]))
+        check_single(trace, {**settings, "rate": rate or []})
+    shared: dict[str, Any] = {
+        "arrivals": arrivals, "timing": timing, "rate": rate, "seed": seed, "mend": mend or (),
+        "allow_lossy": allow_lossy, "step_rows": per_step is not None,
+        "progress": _show_progress if sys.stderr.isatty() else None,
+    }  # fmt: skip
+    found: Simulated | SimulatedV0
+    if old:
+        found = simulate_v0_trace(trace, settings, pinned=not pageable, overlap=swap_overlap, **shared)
+        output.facts(*facts_v0(found))
+    else:
+        if pageable or swap_overlap:
+            raise UsageError("--pageable and --swap-overlap are of --engine vllm-v0, the engine that swaps")
+        found = simulate_trace(trace, settings, engine=engine, **shared)
+        output.facts(*facts(trace, found, "block_size" in settings and "num_blocks" not in settings))
+    if found.timing is None:
+        shown = SHOWN_V0 if old else SHOWN
+    else:
+        shown = SHOWN_V0_TIMED if old else SHOWN_TIMED
+    output.table(found.frame(), Style(columns=(*found.varied(), *shown)))
     if per_request is not None:
         write_table(found.per_request(), per_request, output.force)
     if per_step is not None:
         write_table(found.per_step(), per_step, output.force)
-    if out is not None:
+    if out is not None and not old:
         with replacing(out, output.force) as part:
             part.unlink()
-            write_trace(found, part)
+            write_trace(found, part)  # type: ignore[arg-type]
         output.facts(f"wrote {out}", f"next: kvtrace info {out}")
     return exit_code([trace])
 
 
-def _run_v0(
-    trace: Trace,
-    settings: dict[str, list[Any]],
-    arrivals: str,
-    mend: list[str],
-    per_request: Path | None,
-    per_step: Path | None,
-    allow_lossy: bool,
-    output: Output,
-) -> int:
-    """What the command does for the old engine."""
-    from kvtrace.people import Style
-    from kvtrace.simulations import refuse_lossy
-    from kvtrace.simulations_v0 import simulate_v0_trace
+def facts_v0(found: SimulatedV0) -> list[str]:
+    """What was simulated, and the engine's own defects that it met."""
+    from kvtrace_replay.schedulers.recorded import ARRIVALS
     from kvtrace_replay.schedulers.vllm_v0.settings import DEFECTS
     from kvtrace_replay.schedulers.vllm_v0.sweep import WHY_MEANS
 
-    refuse_lossy(trace, allow_lossy)
-    found = simulate_v0_trace(
-        trace, settings, arrivals=arrivals, mend=mend, step_rows=per_step is not None,
-        progress=_show_progress if sys.stderr.isatty() else None,
-    )  # fmt: skip
     cells = [cell for _, cell in found.cells]
     met = dict.fromkeys(name for cell in cells if cell.run is not None for name in cell.run.defects)
-    output.facts(
-        f"{cells[0].requests:,} requests, arrivals {cells[0].arrivals}; {WHY_MEANS}",
+    how = cells[0].arrivals
+    return [
+        f"{cells[0].requests:,} requests; {WHY_MEANS}",
+        f"arrivals {how}: {ARRIVALS[how]}",
+        *timed_by(found.timing),
         *(f"defect {name}: {DEFECTS[name]} (--mend {name})" for name in met),
         *dict.fromkeys(f"not run: {cell.failed}" for cell in cells if cell.failed),
-    )
-    output.table(found.frame(), Style(columns=[*found.varied(), *SHOWN_V0]))
-    if per_request is not None:
-        write_table(found.per_request(), per_request, output.force)
-    if per_step is not None:
-        write_table(found.per_step(), per_step, output.force)
-    return exit_code([trace])
+    ]
+
+
+def timed_by(timing: Profile | None) -> list[str]:
+    """A line of what steps cost, and how far that is off where it was learnt."""
+    if timing is None:
+        return []
+    errors = {error.batch: error for error in timing.errors}
+    off = ""
+    if "all" in errors:
+        one = errors["all"]
+        off = f"; predicted steps are off by {one.median:.1%} (median), {one.p95:.1%} (95th percentile)"
+    return [f"times: {timing.name}, {SOURCES[timing.source]}{off}"]
 
 
 def chosen(options: dict[str, Any]) -> dict[str, list[Any]]:
@@ -219,11 +253,13 @@ def facts(trace: Trace, found: Simulated, same_bytes: bool) -> list[str]:
     lines = []
     for header in trace.engines:
         which = f"engine {header['engine_index']}: " if found.several else ""
-        lines.append(f"{which}the scheduler of vLLM {header['engine_version']}, {recorded_run(trace, header)}")
+        version = header.get("engine_version") or found.cells[0][1].recorded.header["engine_version"]
+        lines.append(f"{which}the scheduler of vLLM {version}, {recorded_run(trace, header)}")
         if same_bytes:
             lines += [f"{which}{line}" for line in scaled(found, header)]
     cells = [cell for _, cell in found.cells]
     lines.append(f"arrivals {cells[0].arrivals}: {ARRIVALS[cells[0].arrivals]}")
+    lines += timed_by(found.timing)
     ran = [cell for cell in cells if cell.run is not None]
     for name, meaning in WHY.items():
         if many := sum(name in cell.why for cell in ran):
@@ -236,9 +272,11 @@ def facts(trace: Trace, found: Simulated, same_bytes: bool) -> list[str]:
 
 
 def recorded_run(trace: Trace, header: dict[str, Any]) -> str:
-    """What the engine did when it was recorded, in the words of the table."""
+    """What the engine did when it was recorded, in the words of the table; of an import, that nobody ran it."""
     import polars as pl
 
+    if header.get("source") == "import":
+        return f"{trace.requests.height:,} requests of an import; what is not given is vLLM's default"
     mine = pl.col("engine_index") == header["engine_index"]
     evicted = trace.block_events.filter(mine & (pl.col("kind") == "evict")).height
     hit = int(trace.lookups.filter(mine)["tokens_hit"].sum())

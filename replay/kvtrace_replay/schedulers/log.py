@@ -63,7 +63,9 @@ def arrival_words(recorded: Recorded) -> tuple[U32, I64]:
     return words, at
 
 
-def simulated_header(recorded: Recorded, settings: Settings, arrivals: str, why: Sequence[str] = ()) -> dict[str, Any]:
+def simulated_header(
+    recorded: Recorded, settings: Settings, arrivals: str, why: Sequence[str] = (), timed: bool = False
+) -> dict[str, Any]:
     """The header of a simulated trace: the recorded one, at these settings, with where it comes from and `why` it need
     not be exact."""
     own = recorded.header
@@ -82,12 +84,13 @@ def simulated_header(recorded: Recorded, settings: Settings, arrivals: str, why:
         "watermark_blocks": settings.watermark_blocks,
         "max_concurrent_batches": settings.depth,
         "eviction_policy": settings.policy,
+        "victim": settings.victim,
     }
     kept = {key: value for key, value in own.items() if key not in ("log_format", "segment", "tracer", "inexact")}
     return {
         **kept,
         "source": "simulated",
-        "clock": "logical",
+        "clock": "simulated" if timed else "logical",
         "simulated": {"run_id": own.get("run_id"), "arrivals": arrivals, "why": list(why)},
         "run_id": f"{time.time_ns():016x}",
         "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
@@ -138,7 +141,12 @@ def write_run(
         return {"time_ns": 0, "commits": commits + 1, "events": runs[0].events}
 
     try:
-        write_file(str(path), simulated_header(recorded, settings, arrivals, why), bodies, end)
+        write_file(
+            str(path),
+            simulated_header(recorded, settings, arrivals, why, options.get("costs") is not None),
+            bodies,
+            end,
+        )
     except FileExistsError:
         raise UsageError(f"{path} exists: name another file, or remove it") from None
     except OSError as error:

@@ -21,6 +21,7 @@ ENDS = [FINISH_REASONS.index(reason) for reason in ("stop", "length", "repetitio
 ARRIVALS = {
     "step": "requests arrive and are aborted at the recorded scheduler steps",
     "all": "all requests arrive before the first step; aborts at the recorded steps",
+    "time": "requests arrive, and are aborted, at times; what a step takes decides which steps these meet",
 }
 
 
@@ -38,7 +39,10 @@ class Recorded:
         arrival_late: bool; recorded with asynchronous scheduling: whether all outputs of the steps before had arrived,
             that is, whether the engine had run dry.
         abort_step: int32; the last step begun when it was aborted, -1 before the first, -2 for never.
-        abort_early: bool; whether an output was still to come that the engine waited for. abort_ns: int64.
+        abort_early: bool; whether an output was still to come that the engine waited for.
+        abort_ns, arrival_ns: int64; by the clock of the log.
+        due_ns: int64; when it arrives, in ns since the first did: what `--arrivals time` goes by. Recorded at the front
+            end, where it tells.
         tenant: uint64.
         chain, chain_at: int32 identities at the granule, dense, and int64[n + 1] where each request's begin.
         hashes: uint64[identities], what stands in the log for each.
@@ -59,6 +63,8 @@ class Recorded:
     abort_step: I32
     abort_early: npt.NDArray[np.bool_]
     abort_ns: I64
+    arrival_ns: I64
+    due_ns: I64
     tenant: npt.NDArray[np.uint64]
     chain: I32
     chain_at: I64
@@ -117,16 +123,22 @@ class Recorded:
         """int64[n, 3]: (due, request, whether late); when each arrives, in order. See ARRIVALS."""
         if how not in ARRIVALS:
             raise UsageError(f"--arrivals {how} is none of {', '.join(ARRIVALS)}")
-        due = self.arrival_step.astype(np.int64) if how == "step" else np.zeros(self.n_requests, np.int64)
+        steps = self.arrival_step.astype(np.int64)
+        due = {"step": steps, "time": self.due_ns}.get(how, np.zeros(self.n_requests, np.int64))
         late = self.arrival_late if how == "step" else np.zeros(self.n_requests, bool)
         rows = np.stack([due, np.arange(self.n_requests), late], axis=1).astype(np.int64)
         return np.ascontiguousarray(rows[np.argsort(due, kind="stable")])
 
-    def aborts(self) -> I64:
-        """int64[m, 3]: (due, whether late, request); when each is aborted, in order."""
+    def aborts(self, how: str = "step") -> I64:
+        """int64[m, 3]: (due, whether late, request); when each is aborted, in order. By "time" each is aborted so long
+        after its arrival as it was; else at the recorded steps."""
         aborted = np.flatnonzero(self.abort_step >= -1)
-        due = self.abort_step[aborted].astype(np.int64) + 1
-        late = ~self.abort_early[aborted]
+        if how == "time":
+            due = self.due_ns[aborted] + np.maximum(self.abort_ns - self.arrival_ns, 0)[aborted]
+            late = np.ones(aborted.size, bool)
+        else:
+            due = self.abort_step[aborted].astype(np.int64) + 1
+            late = ~self.abort_early[aborted]
         rows = np.stack([due, late, aborted], axis=1).astype(np.int64)
         return np.ascontiguousarray(rows[np.lexsort((self.abort_ns[aborted], late, due))])
 
@@ -180,6 +192,8 @@ def recorded(trace: Any, engine_index: int | None = None) -> Recorded:
         abort_step=abort_step.astype(np.int32),
         abort_early=aborted & (numbers["finish_ns"] < ends[of]),
         abort_ns=numbers["finish_ns"],
+        arrival_ns=numbers["arrival_ns"],
+        due_ns=since_first(requests, header),
         tenant=requests["tenant"].to_numpy(),
         chain=np.ascontiguousarray(chains.identities, np.int32),
         chain_at=np.ascontiguousarray(chains.indptr, np.int64),
@@ -188,6 +202,18 @@ def recorded(trace: Any, engine_index: int | None = None) -> Recorded:
         unfinished=int((~finished).sum()),
         resets=events.filter((pl.col("engine_index") == index) & (pl.col("kind") == "reset")).height,
     )
+
+
+def since_first(requests: pl.DataFrame, header: dict[str, Any]) -> I64:
+    """int64: when each request arrived, in ns since the first did: by the front end's time where every request has one,
+    for the scheduler's own is that of the step that took it up."""
+    front = requests["arrival_s"] if "arrival_s" in requests.columns else pl.Series([], dtype=pl.Float64)
+    known = front.is_finite().all() and (front > 0).all()
+    if header.get("clock") != "simulated" and len(front) and known and not front.null_count():
+        times = front.to_numpy()
+        return np.asarray(np.round((times - times.min()) * 1e9), np.int64)
+    own = requests["arrival_ns"].cast(pl.Int64).fill_null(0).to_numpy()
+    return np.asarray(own - own.min(initial=int(own[0]) if own.size else 0), np.int64)
 
 
 def _columns(requests: pl.DataFrame) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kvtrace_replay.schedulers.families import Rules, rules_of
+from kvtrace_replay.schedulers.vllm_v1.layout import VICTIMS
 from kvtrace_traces.errors import KvtraceError, UsageError
 
 POLICIES = ("fcfs", "priority")
@@ -14,7 +15,7 @@ NATIVE = "vllm"
 #: The settings that can be changed, in the order of the command's options.
 VARIABLE = (
     "num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens", "prefix_caching", "chunked_prefill",
-    "long_prefill_token_threshold", "scheduling_policy", "async_scheduling", "watermark", "policy",
+    "long_prefill_token_threshold", "scheduling_policy", "async_scheduling", "watermark", "policy", "victim",
 )  # fmt: skip
 
 
@@ -24,7 +25,7 @@ class Settings:
 
     `num_blocks` includes the null block, `block_size` and the budgets are in tokens, `watermark` is a share of the
     blocks; `depth`: calls under way at once; `rules`: what this version of vLLM does; `policy`: who is evicted,
-    NATIVE or a policy of the open loop.
+    NATIVE or a policy of the open loop; `victim`: who is preempted, one of VICTIMS.
     """
 
     num_blocks: int
@@ -44,6 +45,7 @@ class Settings:
     max_model_len: int
     rules: Rules
     policy: str = NATIVE
+    victim: str = NATIVE
 
     @property
     def depth(self) -> int:
@@ -63,7 +65,7 @@ class Settings:
         given = {name: value for name, value in changes.items() if value is not None}
         if not given:
             return self
-        if given.get("block_size") and "num_blocks" not in given:
+        if given.get("block_size") and "num_blocks" not in given and self.num_blocks:
             given["num_blocks"] = max(self.num_blocks * self.block_size // int(given["block_size"]), 2)
         if "max_num_batched_tokens" in given and self.max_num_scheduled_tokens == self.max_num_batched_tokens:
             given["max_num_scheduled_tokens"] = given["max_num_batched_tokens"]
@@ -80,6 +82,8 @@ class Settings:
                 raise UsageError(f"{_option(name)} {value} must be a whole number from {least} to {2**31 - 1}")
         if self.scheduling_policy not in POLICIES:
             raise UsageError(f"--scheduling-policy {self.scheduling_policy} is none of {', '.join(POLICIES)}")
+        if self.victim not in VICTIMS:
+            raise UsageError(f"--victim {self.victim} is none of {', '.join(VICTIMS)}")
         if not 0 <= self.watermark < 1:
             raise UsageError(f"--watermark {self.watermark} must be a share of the blocks, from 0 to below 1")
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -140,6 +144,7 @@ def own_settings(header: dict[str, Any]) -> Settings:
             max_model_len=int(header.get("max_model_len") or 2**31 - 1),
             rules=rules,
             policy=str(scheduler.get("eviction_policy") or NATIVE),
+            victim=str(scheduler.get("victim") or NATIVE),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise KvtraceError(f"the trace's header does not tell its scheduler's settings ({error!r})") from None

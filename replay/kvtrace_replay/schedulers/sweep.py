@@ -13,9 +13,13 @@ from typing import Any
 from kvtrace_replay.capacity import parse_amount
 from kvtrace_replay.cores import cores
 from kvtrace_replay.policies.registry import find_policy
-from kvtrace_replay.schedulers.recorded import Recorded, recorded
+from kvtrace_replay.schedulers.arrivals import at_rate
+from kvtrace_replay.schedulers.imported import imported_settings, needs_blocks, requests_reaching
+from kvtrace_replay.schedulers.latencies import SUMMARY, summary
+from kvtrace_replay.schedulers.recorded import Recorded
 from kvtrace_replay.schedulers.settings import NATIVE, POLICIES, VARIABLE, Settings, own_settings
 from kvtrace_replay.schedulers.vllm_v1.run import Run, compile_for, simulate_run
+from kvtrace_replay.timing.profile import Profile
 from kvtrace_traces.errors import UsageError
 
 ENGINES = ("vllm-v1",)
@@ -34,6 +38,7 @@ class Cell:
     failed: str | None
     why: tuple[str, ...]
     engine: str = "vllm-v1"
+    rate: str | None = None
 
 
 #: Names of what keeps a prediction from being exact, and what they mean. Exact always means: given equal tokens.
@@ -49,7 +54,10 @@ WHY = {
     "data-parallel": "data-parallel engines may hold back prefills together",
     "pipeline-parallel": "pipeline parallelism schedules more batches ahead than are simulated",
     "policy": "no engine has this eviction policy to be compared with",
+    "victim": "no engine chooses whom it preempts by this rule",
     "lossy": "a part of the log is missing",
+    "timing-model": "a model of what steps cost decides which requests meet; an engine takes a little more or less",
+    "no-engine": "the requests are of an import, which no engine served: vLLM 0.32's rules and unknown outputs",
 }
 
 
@@ -60,6 +68,9 @@ def simulate(
     engine: str = "vllm-v1",
     engine_index: int | None = None,
     arrivals: str = "step",
+    timing: Profile | None = None,
+    rate: str | float | None = None,
+    seed: int = 0,
     step_rows: bool = False,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -72,6 +83,7 @@ def simulate(
             `num_blocks` takes a number, or an amount such as `10k`, `8GiB` or `65536tok` of usable blocks.
         engine: the scheduler's model, one of ENGINES.
         arrivals: a name of `recorded.ARRIVALS`.
+        timing: what steps cost; without, nothing is timed. rate, seed: as `arrivals.at_rate` takes them, for "time".
         threads: runs at a time; default one per core.
         progress: called with (cells done, cells in all).
 
@@ -81,19 +93,26 @@ def simulate(
     """
     if engine not in ENGINES:
         raise UsageError(f"--engine {engine} is none of {', '.join(ENGINES)}")
-    source = recorded(trace, engine_index)
-    own = own_settings(source.header)
-    cells = grid(source, own, settings or {})
+    source = requests_reaching(trace, engine_index, arrivals)
+    own = imported_settings(source) if source.header.get("source") == "import" else own_settings(source.header)
     source.arrivals(arrivals)  # complains before anything runs
+    if rate is not None:
+        if arrivals != "time":
+            raise UsageError("--rate is of --arrivals time")
+        source = at_rate(source, rate, seed)
+    cells = grid(source, own, settings or {})
+    for asked, _ in cells:
+        needs_blocks(asked)
 
-    for name in dict.fromkeys(chosen.policy for _, chosen in cells if isinstance(chosen, Settings)):
-        compile_for(source, own.changed_to(policy=name))
+    for chosen in {chosen.policy: chosen for _, chosen in cells if isinstance(chosen, Settings)}.values():
+        compile_for(source, chosen)
 
     def one(chosen: Settings | str) -> tuple[Run | None, str | None]:
         if isinstance(chosen, str):
             return None, chosen
+        costs = None if timing is None else timing.step_costs(chosen.block_size)
         try:
-            return simulate_run(source, chosen, arrivals=arrivals, step_rows=step_rows), None
+            return simulate_run(source, chosen, arrivals=arrivals, costs=costs, step_rows=step_rows), None
         except UsageError as error:
             return None, str(error)
 
@@ -106,7 +125,16 @@ def simulate(
     if len(cells) == 1 and done[0][1] is not None:
         raise UsageError(done[0][1])
     return [
-        Cell(source, asked, arrivals, run, failed, why_not_exact(trace, source, asked, own, arrivals, run), engine)
+        Cell(
+            source,
+            asked,
+            arrivals,
+            run,
+            failed,
+            why_not_exact(trace, source, asked, own, arrivals, run),
+            engine,
+            None if rate is None else str(rate),
+        )
         for (asked, _), (run, failed) in zip(cells, done, strict=True)
     ]
 
@@ -172,12 +200,16 @@ def why_not_exact(
 ) -> tuple[str, ...]:
     """Names of WHY that hold. See there."""
     header = source.header
+    if header.get("source") == "import":
+        return ("no-engine", "policy") if settings.policy != NATIVE else ("no-engine",)
     scheduler, parallel = header["scheduler"], header.get("parallel") or {}
     aborted = source.abort_step >= -1
     online = arrivals == "step" and (bool(source.arrival_step.any()) or bool(aborted.any()))
     version = str(header.get("engine_version"))
     holds = {
-        "wall-clock-arrivals": (online and settings != own) or (arrivals != "step" and bool(aborted.any())),
+        "wall-clock-arrivals": (online and settings != own) or (arrivals == "all" and bool(aborted.any())),
+        "timing-model": arrivals == "time",
+        "no-engine": False,  # said above
         "unfinished-requests": source.unfinished > 0,
         "aborted-beyond-record": run is not None and run.guessed > 0 and bool(aborted.any()),
         "cache-reset": source.resets > 0,
@@ -188,6 +220,7 @@ def why_not_exact(
         "data-parallel": (parallel.get("data") or 1) > 1,
         "pipeline-parallel": (parallel.get("pipeline") or 1) > 1,
         "policy": settings.policy != NATIVE,
+        "victim": settings.victim != NATIVE,
         "lossy": bool(trace.lossy),
     }
     return tuple(name for name in WHY if holds[name])
@@ -218,7 +251,7 @@ def newer_than_known(version: str) -> bool:
 
 
 def rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """The contract's rows: counts of each run, times null (a trace's steps carry no cost yet), `exact` and `why`."""
+    """The contract's rows: counts of each run, times (null where nothing is timed), `exact` and `why`."""
     return [_row(cell) for cell in cells]
 
 
@@ -233,6 +266,7 @@ def _row(cell: Cell) -> dict[str, Any]:
         "engine": cell.engine,
         **{name: getattr(settings, name) for name in VARIABLE},
         "arrivals": cell.arrivals,
+        "rate": cell.rate,
         "requests": cell.recorded.n_requests,
         "steps": of("steps"),
         "preemptions": of("preemptions"),
@@ -241,16 +275,19 @@ def _row(cell: Cell) -> dict[str, Any]:
         "lookup_tokens": of("lookup_tokens"),
         "token_hit_ratio": run.hit_tokens / run.lookup_tokens if run and run.lookup_tokens else None,
         "hit_tokens_after_preemption": of("hit_tokens_after"),
-        "duration_s": None,
-        "ttft_p50_s": None,
-        "ttft_p99_s": None,
-        "itl_p50_s": None,
-        "itl_p99_s": None,
-        "output_tokens_per_s": None,
+        **_times(cell),
         "exact": (not cell.why) if done else None,
         "why": cell.failed or ", ".join(cell.why) or None,
         "seconds": of("seconds"),
     }
+
+
+def _times(cell: Cell) -> dict[str, Any]:
+    run = cell.run
+    if run is None or run.clock is None:
+        return dict.fromkeys(SUMMARY)
+    prompt = cell.recorded.prompt
+    return summary(run.clock.times, run.clock.gaps, run.clock.duration_ns, int(prompt.sum()), run.tokens - prompt)
 
 
 def _listed(value: Any) -> list[Any]:

@@ -22,7 +22,11 @@ WORK = ("call", "prefill_token", "prefill_pair", "decode_row", "decode_context",
 
 @dataclass(frozen=True)
 class StepCosts:
-    """What a step takes, in nanoseconds for a unit of each kind of WORK."""
+    """What a step takes, in nanoseconds for a unit of each kind of WORK.
+
+    `overlap`: the part of copying blocks that runs beside computing, from 0 (one after the other, as in vLLM 0.4.x) to
+    1 (a step takes as long as the longer of the two).
+    """
 
     call: float
     prefill_token: float = 0.0
@@ -31,11 +35,14 @@ class StepCosts:
     decode_context: float = 0.0
     block_in: float = 0.0
     block_out: float = 0.0
+    overlap: float = 0.0
 
     def array(self) -> F64:
-        """float64[7], in the order of WORK. Raises UsageError for a cost that is negative or not finite, or a call that
-        takes no time."""
-        values = np.array([getattr(self, name) for name in WORK], np.float64)
+        """float64[8]: in the order of WORK, then `overlap`. Raises UsageError for a cost that is negative or not finite,
+        a call that takes no time, or an overlap above 1."""
+        values = np.array([*(getattr(self, name) for name in WORK), self.overlap], np.float64)
+        if self.overlap > 1:
+            raise UsageError(f"overlap {self.overlap} must be a share of the copying, from 0 to 1")
         if not np.isfinite(values).all() or (values < 0).any() or self.call < 1:
             raise UsageError("costs of a step must be finite and not negative, and a call takes at least 1 ns")
         return values

@@ -12,12 +12,15 @@ NEW, WAITING, RUNNING, SWAPPED, ENDED = range(5)
 #: R_WAY: how it was preempted last.
 NEVER, BY_RECOMPUTE, BY_SWAP = range(3)
 
-# What is told of a request: `told`, int64[n, 10], the names below.
+# What is told of a request: `told`, int64[n, 12], the names below.
 REQUEST_COLUMNS = (
     "first_step", "last_step", "recomputes", "swaps", "blocks_swapped_out", "blocks_swapped_in", "recomputed_tokens",
-    "first_token_ns", "last_token_ns", "end",
+    "arrival_ns", "begun_ns", "first_token_ns", "last_token_ns", "end",
 )  # fmt: skip
-O_FIRST, O_LAST, O_RECOMPUTES, O_SWAPS, O_OUT, O_BACK, O_AGAIN, O_FIRST_NS, O_LAST_NS, O_END = range(10)
+(
+    O_FIRST, O_LAST, O_RECOMPUTES, O_SWAPS, O_OUT, O_BACK, O_AGAIN, O_ARRIVED_NS, O_BEGUN_NS, O_FIRST_NS, O_LAST_NS,
+    O_END,
+) = range(12)  # fmt: skip
 
 #: How a request ended, and what the engine tells its user. O_END is a place in it.
 ENDS = {
@@ -57,23 +60,25 @@ MOVED_RECOMPUTE, MOVED_OUT, MOVED_BACK, MOVED_IGNORED = range(4)
 # The settings: `p`, int64.
 (
     P_BLOCK_SIZE, P_TOTAL, P_WATERMARK, P_MAX_SEQS, P_MAX_TOKENS, P_MAX_LEN, P_MODE, P_VICTIM, P_MEND_SPACE,
-    P_MEND_LIVELOCK, P_MEND_LEAK, P_MEND_RETURN, P_MEND_SPARE, P_TIMED, P_ROWS, P_DETAIL,
-) = range(16)  # fmt: skip
-P_FIELDS = 16
+    P_MEND_LIVELOCK, P_MEND_LEAK, P_MEND_RETURN, P_MEND_SPARE, P_TIMED, P_ROWS, P_DETAIL, P_BY_TIME,
+) = range(17)  # fmt: skip
+P_FIELDS = 17
 #: P_MODE and P_VICTIM are places in these.
 PREEMPTIONS = ("recompute", "swap", "hybrid")
 RECOMPUTE, SWAP, HYBRID = range(3)
 VICTIMS = ("last", "most-blocks", "fewest-blocks")
 LAST, MOST_BLOCKS, FEWEST_BLOCKS = range(3)
 
-# The run: `g`, int64. G_STACKED: preempted requests that wait; G_COME, G_TAKEN: how many have arrived, and of these how
-# many have been taken from the queue; G_NEEDLESS: victims that fell for a block that nobody needed. From G_SUMS on, the
-# sums of the columns of work over all calls.
+# The run: `g`, int64. G_NOW: ns; G_TICK: calls, and those that an idle engine did not make. G_STACKED: preempted
+# requests that wait; G_COME, G_TAKEN: how many have arrived, and of these how many have been taken from the queue;
+# G_NEEDLESS: victims that fell for a block that nobody needed. From G_SUMS on, the sums of the columns of work over
+# all calls.
 (
     G_CALL, G_NOW, G_FREE_GPU, G_FREE_CPU, G_RUNNING, G_SWAPPED, G_WAITING, G_STACKED, G_COME, G_TAKEN, G_GONE,
-    G_MOVES, G_MOVES_BEFORE, G_ROWS, G_SCHEDULED, G_NEEDLESS, G_LEAKED, G_IDLE_CALLS, G_PREFILL_CALLS, G_DIED,
-) = range(20)  # fmt: skip
-G_SUMS = 20
+    G_MOVES, G_MOVES_BEFORE, G_ROWS, G_SCHEDULED, G_NEEDLESS, G_LEAKED, G_IDLE_CALLS, G_PREFILL_CALLS, G_DIED, G_TICK,
+    G_GAPS,
+) = range(22)  # fmt: skip
+G_SUMS = 22
 G_FIELDS = G_SUMS + S_FIELDS - S_PREFILL
 
 #: What `run` returns: nothing is left; nothing can ever change; the engine died; buffers are full.

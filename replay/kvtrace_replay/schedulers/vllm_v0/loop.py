@@ -21,6 +21,7 @@ from kvtrace_replay.schedulers.vllm_v0.layout import (
     G_COME,
     G_FREE_CPU,
     G_FREE_GPU,
+    G_GAPS,
     G_GONE,
     G_IDLE_CALLS,
     G_MOVES,
@@ -33,6 +34,7 @@ from kvtrace_replay.schedulers.vllm_v0.layout import (
     G_STACKED,
     G_SUMS,
     G_SWAPPED,
+    G_TICK,
     G_WAITING,
     IDLE,
     LIVELOCK,
@@ -46,7 +48,9 @@ from kvtrace_replay.schedulers.vllm_v0.layout import (
     NEVER_FITS,
     NEW,
     O_AGAIN,
+    O_ARRIVED_NS,
     O_BACK,
+    O_BEGUN_NS,
     O_END,
     O_FIRST,
     O_FIRST_NS,
@@ -55,6 +59,7 @@ from kvtrace_replay.schedulers.vllm_v0.layout import (
     O_OUT,
     O_RECOMPUTES,
     O_SWAPS,
+    P_BY_TIME,
     P_DETAIL,
     P_MAX_LEN,
     P_MAX_TOKENS,
@@ -101,9 +106,17 @@ from kvtrace_replay.schedulers.vllm_v0.schedule import (
     schedule_running,
     schedule_swapped,
 )
+from kvtrace_replay.timing.costs import WORK
 from kvtrace_traces.compile import njit
 
 FAR = np.int64(1) << np.int64(62)
+OVERLAP = len(WORK)  # its place in `costs`
+
+
+@njit(cache=False)
+def position(p, g):
+    """Where the run stands among what reaches it from outside: ns, or calls."""
+    return g[G_NOW] if p[P_BY_TIME] else g[G_TICK]
 
 
 @njit(cache=False)
@@ -138,16 +151,17 @@ def next_due(g, come_due, gone_due):
 
 
 @njit(cache=False)
-def take_events(g, req, told, running, swapped, come, come_due, gone, gone_due):
+def take_events(p, g, req, told, running, swapped, come, come_due, gone, gone_due):
     """Requests that are due arrive or are aborted; of two due at once, the arrival first."""
     due = next_due(g, come_due, gone_due)
-    while due <= g[G_NOW]:
+    while due <= position(p, g):
         if g[G_COME] < come_due.shape[0] and come_due[g[G_COME]] == due:
             request = come[g[G_COME]]
             g[G_COME] += 1
             if req[request, R_STATUS] == NEW:
                 req[request, R_STATUS] = WAITING
                 g[G_WAITING] += 1
+                told[request, O_ARRIVED_NS] = due if p[P_BY_TIME] else g[G_NOW]
         else:
             abort(g, req, told, running, swapped, gone[g[G_GONE]])
             g[G_GONE] += 1
@@ -192,18 +206,17 @@ def settle_moves(p, g, req, told, swapped, stack, moves, row):
 
 @njit(cache=False)
 def close_row(p, g, costs, row, kind, free_gpu, free_cpu, running):
-    """Completes the row of the call, and moves the clock: a tick, or what the call's work costs."""
+    """Completes the row of the call, and moves the clock by what the call's work costs."""
     row[S_KIND] = kind
     row[S_FREE_GPU], row[S_FREE_CPU] = free_gpu, free_cpu
     row[S_RUNNING], row[S_WAITING], row[S_SWAPPED] = running, g[G_WAITING], g[G_SWAPPED]
     row[S_START] = g[G_NOW]
+    g[G_TICK] += 1
     if p[P_TIMED]:
-        cost = costs[0]
-        for i in range(S_FIELDS - S_PREFILL):
-            cost += costs[i + 1] * row[S_PREFILL + i]
-        g[G_NOW] += np.int64(cost)
-    else:
-        g[G_NOW] += 1
+        computing, copying = costs[0], costs[5] * row[S_BLOCKS_IN] + costs[6] * row[S_BLOCKS_OUT]
+        for i in range(S_BLOCKS_IN - S_PREFILL):
+            computing += costs[i + 1] * row[S_PREFILL + i]
+        g[G_NOW] += np.int64(computing + copying - costs[OVERLAP] * min(computing, copying))
     row[S_END] = g[G_NOW]
     for i in range(S_FIELDS - S_PREFILL):
         g[G_SUMS + i] += row[S_PREFILL + i]
@@ -214,12 +227,30 @@ def close_row(p, g, costs, row, kind, free_gpu, free_cpu, running):
 
 
 @njit(cache=False)
+def note_tokens(g, told, gaps, queue, n):
+    """Each of `queue[:n]` has a token now. Of neighbours with equal gaps one row is made."""
+    at = g[G_GAPS]
+    for i in range(n):
+        request = queue[i]
+        if told[request, O_FIRST_NS] < 0:
+            told[request, O_FIRST_NS] = g[G_NOW]
+        else:
+            gap = g[G_NOW] - told[request, O_LAST_NS]
+            if at > g[G_GAPS] and gaps[at - 1, 0] == gap:
+                gaps[at - 1, 1] += 1
+            else:
+                gaps[at, 0], gaps[at, 1] = gap, 1
+                at += 1
+        told[request, O_LAST_NS] = g[G_NOW]
+    g[G_GAPS] = at
+
+
+@njit(cache=False)
 def finish(p, g, req, told, row, request):
     """`request` has its last token (`StopChecker`): its blocks are free for the next call."""
     give_back(g, req, request)
     req[request, R_STATUS] = ENDED
     told[request, O_LAST] = g[G_CALL]
-    told[request, O_LAST_NS] = row[S_END]
     told[request, O_END] = FINISHED if req[request, R_TOKENS] == req[request, R_ASKED] else MODEL_LENGTH
 
 
@@ -256,7 +287,7 @@ def sample_batch(p, g, req, told, running, row, batch, n, prefill):
         if prefill:
             if told[request, O_FIRST] < 0:
                 told[request, O_FIRST] = g[G_CALL]
-                told[request, O_FIRST_NS] = row[S_END]
+                told[request, O_BEGUN_NS] = row[S_START]
             if told[request, O_RECOMPUTES] > 0:
                 told[request, O_AGAIN] += req[request, R_TOKENS] - 1  # the last had never been computed
         req[request, R_TOKENS] += 1
@@ -268,7 +299,7 @@ def sample_batch(p, g, req, told, running, row, batch, n, prefill):
 
 
 @njit(cache=False)
-def call(p, g, req, told, running, swapped, stack, come, batch, token_cost, block_cost, costs, row, moves, log):
+def call(p, g, req, told, running, swapped, stack, come, batch, token_cost, block_cost, costs, gaps, row, moves, log):
     """`LLMEngine.step`: 1; 0 if it changed nothing; -1 where the engine dies."""
     row[:] = 0
     g[G_MOVES_BEFORE] = g[G_MOVES]
@@ -281,6 +312,8 @@ def call(p, g, req, told, running, swapped, stack, come, batch, token_cost, bloc
         if p[P_DETAIL]:
             log_scheduled(g, req, log, batch, n, True)
         close_row(p, g, costs, row, PREFILL, g[G_FREE_GPU], g[G_FREE_CPU], g[G_RUNNING] + n)
+        if p[P_TIMED]:
+            note_tokens(g, told, gaps, batch, n)
         sample_batch(p, g, req, told, running, row, batch, n, True)
         return 1
     if g[G_SWAPPED] == 0 and 0 < g[G_RUNNING] <= g[G_FREE_GPU]:
@@ -292,6 +325,9 @@ def call(p, g, req, told, running, swapped, stack, come, batch, token_cost, bloc
         n = schedule_calm(p, g, req, running, batch, row)
         close_row(p, g, costs, row, DECODE, g[G_FREE_GPU], g[G_FREE_CPU], running_now)
         g[G_RUNNING] -= n
+        if p[P_TIMED]:
+            note_tokens(g, told, gaps, running, g[G_RUNNING])
+            note_tokens(g, told, gaps, batch, n)
         for i in range(n):
             finish(p, g, req, told, row, batch[i])
         return 1
@@ -309,6 +345,9 @@ def call(p, g, req, told, running, swapped, stack, come, batch, token_cost, bloc
         log_scheduled(g, req, log, running, g[G_RUNNING], False)
         log_scheduled(g, req, log, batch, n, False)
     close_row(p, g, costs, row, DECODE if decoding > 0 else IDLE, g[G_FREE_GPU], g[G_FREE_CPU], decoding)
+    if p[P_TIMED]:
+        note_tokens(g, told, gaps, running, g[G_RUNNING])
+        note_tokens(g, told, gaps, batch, n)
     sample_running(p, g, req, told, running, row)
     sample_batch(p, g, req, told, running, row, batch, n, False)
     return 1
@@ -317,7 +356,7 @@ def call(p, g, req, told, running, swapped, stack, come, batch, token_cost, bloc
 @njit
 def run(
     p, g, req, told, running, swapped, stack, come, come_due, gone, gone_due, batch, token_cost, block_cost, costs,
-    rows, moves, log,
+    gaps, rows, moves, log,
 ):  # fmt: skip
     """Run until DONE, LIVELOCK (`swapped[0]` waits for ever), DIED (`g[G_DIED]` is the victim), or FULL: take away the
     rows, moves and scheduled requests, set their numbers in `g` to 0, and call again."""
@@ -330,10 +369,12 @@ def run(
                 return FULL
         else:
             g[G_MOVES] = 0
-        take_events(g, req, told, running, swapped, come, come_due, gone, gone_due)
+        if p[P_TIMED] and g[G_GAPS] + running.shape[0] > gaps.shape[0]:
+            return FULL
+        take_events(p, g, req, told, running, swapped, come, come_due, gone, gone_due)
         if g[G_RUNNING] + g[G_SWAPPED] + g[G_WAITING] > 0:
             changed = call(
-                p, g, req, told, running, swapped, stack, come, batch, token_cost, block_cost, costs,
+                p, g, req, told, running, swapped, stack, come, batch, token_cost, block_cost, costs, gaps,
                 rows[g[G_ROWS]], moves, log,
             )  # fmt: skip
             if changed < 0:
@@ -346,4 +387,7 @@ def run(
         due = next_due(g, come_due, gone_due)
         if due == FAR:
             return LIVELOCK if g[G_RUNNING] + g[G_SWAPPED] + g[G_WAITING] > 0 else DONE
-        g[G_NOW] = max(g[G_NOW], due)
+        if p[P_BY_TIME]:
+            g[G_NOW] = max(g[G_NOW], due)
+        else:
+            g[G_TICK] = max(g[G_TICK], due)

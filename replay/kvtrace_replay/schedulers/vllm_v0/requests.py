@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import polars as pl
 
 from kvtrace_replay.schedulers.recorded import LENGTH, Recorded
 from kvtrace_traces.errors import UsageError
@@ -91,21 +90,14 @@ def requests_of(recorded: Recorded, arrivals: str = "all") -> RequestsV0:
     A request that the model's length ended while more was asked for is asked for as much again: 0.4.2 takes one token
     more. One without output (it was aborted before) is asked for its maximum.
     """
-    n, never = recorded.n_requests, recorded.abort_step < -1
+    n = recorded.n_requests
     limit = int(recorded.header.get("max_model_len") or LARGEST)
     cut = (recorded.reason == LENGTH) & (recorded.stop >= limit) & (recorded.most > recorded.stop)
     total = np.where(cut, recorded.most, recorded.stop).astype(np.int64)
-    aborts = np.where(never, -1, recorded.abort_step.astype(np.int64) + 1)
-    if arrivals == "time":
-        begin = float(recorded.arrival_s.min()) if n else 0.0
-        due = np.round((recorded.arrival_s - begin) * 1e9).astype(np.int64)
-        # Aborts are known in ns since the log began, of which the header tells the wall clock.
-        since = int(recorded.header.get("clock_wall_ns") or 0) - round(begin * 1e9)
-        aborts = np.where(never, -1, np.maximum(recorded.abort_ns + since, 0))
-    else:
-        due = np.zeros(n, np.int64)
-        rows = recorded.arrivals(arrivals)
-        due[rows[:, 1]] = rows[:, 0]
+    due, aborts = np.zeros(n, np.int64), np.full(n, -1, np.int64)
+    come, gone = recorded.arrivals(arrivals), recorded.aborts(arrivals)
+    due[come[:, 1]] = come[:, 0]
+    aborts[gone[:, 2]] = gone[:, 0]
     return RequestsV0(
         prompt=recorded.prompt.astype(np.int64),
         output=np.maximum(total - recorded.prompt, 1),
@@ -113,26 +105,3 @@ def requests_of(recorded: Recorded, arrivals: str = "all") -> RequestsV0:
         arrival_time=recorded.arrival_s,
         abort=aborts,
     )
-
-
-def requests_of_table(requests: pl.DataFrame, arrivals: str = "all") -> RequestsV0:
-    """The requests of a trace's table, with lengths alone, as an import has them.
-
-    Args:
-        requests: one engine's rows of `Trace.requests`; of these columns `prompt_tokens`, `output_tokens` and
-            `arrival_ns`.
-        arrivals: "all", at the start in the order of the table, or "time", at `arrival_ns`, for calls with costs.
-
-    Raises UsageError where a length is not known, or a time is not that is asked for.
-    """
-    if arrivals not in ("all", "time"):
-        raise UsageError(f"--arrivals {arrivals} needs recorded steps, which an import does not have: all or time")
-    columns = {}
-    for name in ("prompt_tokens", "output_tokens", "arrival_ns"):
-        values = requests[name].cast(pl.Int64)
-        if values.null_count() and (name != "arrival_ns" or arrivals == "time"):
-            row = int(values.is_null().arg_max() or 0)
-            raise UsageError(f"request {row} of the trace has no {name}: vLLM 0.4.2 cannot be simulated without")
-        columns[name] = values.fill_null(0).to_numpy().astype(np.int64)
-    times = columns["arrival_ns"] - columns["arrival_ns"].min(initial=FAR)
-    return RequestsV0(columns["prompt_tokens"], columns["output_tokens"], times if arrivals == "time" else None)

@@ -14,7 +14,7 @@ from kvtrace_replay.schedulers.vllm_v0 import layout as at
 from kvtrace_replay.schedulers.vllm_v0 import loop
 from kvtrace_replay.schedulers.vllm_v0.requests import RequestsV0, Served, requests_of
 from kvtrace_replay.schedulers.vllm_v0.settings import DEFECTS, SettingsV0
-from kvtrace_replay.timing.costs import StepCosts
+from kvtrace_replay.timing.costs import WORK, StepCosts
 from kvtrace_traces.compile import warm
 from kvtrace_traces.errors import UsageError
 
@@ -23,8 +23,10 @@ I64 = npt.NDArray[np.int64]
 ROWS = 1 << 16
 MOVES = 1 << 16
 SCHEDULED = 1 << 20
+GAPS = 1 << 16
 #: How a run ends: all served; the names of defects.
 OUTCOMES = {at.DONE: "done", at.LIVELOCK: "livelock", at.DIED: "swap-space"}
+TIMES = ("arrival_ns", "begun_ns", "first_token_ns", "last_token_ns")
 run_compiled: Any = loop.run
 
 
@@ -48,7 +50,9 @@ class RunV0:
         defects: how often each of DEFECTS that is not mended was met: runs ended, blocks leaked, requests dropped
             (no-return: those whose tokens would have fit), victims.
         duration_ns: of the clock at the end, where calls have costs; else None.
-        tokens: int64[n], prompt and output of each request at the end. told: int64[n, 10], REQUEST_COLUMNS of `layout`.
+        prompt, tokens: int64[n], tokens of each prompt, and with the output at the end.
+        told: int64[n, 12], REQUEST_COLUMNS of `layout`.
+        gaps: int64[m, 2], (ns between two tokens of one request, how many such pairs), where calls have costs.
         rows: int64[calls, 19], STEP_COLUMNS. moves: int32[m, 4], (call, place in MOVES, request, blocks; or known
             tokens, of ignored ones). scheduled: int32[k, 2], (request, tokens), in the order of the calls, as many of
             each as its row's `requests`. Empty where not asked for.
@@ -76,8 +80,10 @@ class RunV0:
     leaked_blocks: int
     defects: dict[str, int]
     duration_ns: int | None
+    prompt: I64
     tokens: I64
     told: I64
+    gaps: I64
     rows: I64
     moves: I32
     scheduled: I32
@@ -89,7 +95,8 @@ class RunV0:
         names = list(at.ENDS)
         columns: dict[str, Any] = {name: self.told[:, n] for n, name in enumerate(at.REQUEST_COLUMNS[:-1])}
         if self.duration_ns is None:
-            del columns["first_token_ns"], columns["last_token_ns"]
+            for name in TIMES:
+                del columns[name]
         columns["tokens"] = self.tokens
         columns["end"] = [names[code] for code in self.told[:, at.O_END]]
         columns["finish_reason"] = [at.ENDS[name] for name in columns["end"]]
@@ -104,6 +111,11 @@ class RunV0:
         return columns
 
     @property
+    def times(self) -> I64:
+        """int64[n, 4], ns: when each request arrived, began, had its first token and its last; -1 for never."""
+        return self.told[:, [at.O_ARRIVED_NS, at.O_BEGUN_NS, at.O_FIRST_NS, at.O_LAST_NS]]
+
+    @property
     def work(self) -> I64:
         """int64[calls, 6]: what costs time, in the order of `timing.costs.WORK` without `call`."""
         return self.rows[:, at.WORK]
@@ -112,7 +124,7 @@ class RunV0:
 def compile_v0() -> None:
     """Compile the kernel, or load it, so that runs side by side do not each do so."""
     nobody = RequestsV0(np.ones(1, np.int64), np.ones(1, np.int64))
-    state = _state(nobody.checked(), SettingsV0(1), None, False, False)
+    state = _state(nobody.checked(), SettingsV0(1), None, False, False, False)
     warm(run_compiled, tuple(state.values()))
 
 
@@ -122,6 +134,7 @@ def simulate_v0(
     *,
     arrivals: str = "all",
     costs: StepCosts | None = None,
+    by_time: bool = False,
     step_rows: bool = False,
     detail: bool = False,
 ) -> RunV0:
@@ -131,7 +144,8 @@ def simulate_v0(
         requests: those of a trace, or lengths.
         settings: of the engine.
         arrivals: for those of a trace: "all", "step", or "time", which needs `costs`.
-        costs: what a call takes; arrivals and aborts are then in ns. Without, they are in calls.
+        costs: what a call takes; without, nothing is timed.
+        by_time: arrivals and aborts of RequestsV0 are in ns, not in calls; needs `costs`.
         step_rows: keep a row per call, and the moves of requests.
         detail: with these, keep which requests each call scheduled.
 
@@ -140,12 +154,13 @@ def simulate_v0(
     """
     settings.check()
     if isinstance(requests, Recorded):
-        if (arrivals == "time") != (costs is not None):
-            raise UsageError("--arrivals time needs a model of time, and a model of time needs --arrivals time")
-        requests = requests_of(requests, arrivals)
+        requests, by_time = requests_of(requests, arrivals), arrivals == "time"
+    if by_time and costs is None:
+        raise UsageError("--arrivals time needs to know what a step costs: name a profile with --timing")
     served = requests.checked()
-    state = _state(served, settings, costs, step_rows or detail, detail)
+    state = _state(served, settings, costs, by_time, step_rows or detail, detail)
     g = state["g"]
+    gaps: list[I64] = []
     rows: list[I64] = []
     moves: list[I32] = []
     scheduled: list[I32] = []
@@ -161,7 +176,12 @@ def simulate_v0(
             moves.append(state["moves"][:n_moves].copy())
             scheduled.append(state["log"][: g[at.G_SCHEDULED]].copy())
             g[[at.G_ROWS, at.G_MOVES, at.G_SCHEDULED]] = 0
+        if costs is not None:
+            gaps.append(state["gaps"][: g[at.G_GAPS]].copy())
+            g[at.G_GAPS] = 0
     run = _told(served, settings, state, OUTCOMES[status], costs is not None, seconds)
+    if gaps:
+        run.gaps = np.concatenate(gaps)
     if rows:
         run.rows, run.moves, run.scheduled = np.concatenate(rows), np.concatenate(moves), np.concatenate(scheduled)
     return run
@@ -208,8 +228,10 @@ def _told(
         leaked_blocks=int(g[at.G_LEAKED]),
         defects={name: count for name, count in met.items() if count},
         duration_ns=int(g[at.G_NOW]) if timed else None,
+        prompt=served.prompt,
         tokens=tokens,
         told=told,
+        gaps=np.zeros((0, 2), np.int64),
         rows=np.zeros((0, at.S_FIELDS), np.int64),
         moves=np.zeros((0, 4), np.int32),
         scheduled=np.zeros((0, 2), np.int32),
@@ -218,7 +240,7 @@ def _told(
 
 
 def _state(
-    served: Served, settings: SettingsV0, costs: StepCosts | None, step_rows: bool, detail: bool
+    served: Served, settings: SettingsV0, costs: StepCosts | None, by_time: bool, step_rows: bool, detail: bool
 ) -> dict[str, Any]:
     """The arrays of a run, in the order of the kernel's arguments."""
     n = served.prompt.size
@@ -231,7 +253,7 @@ def _state(
     req[:, at.R_STOP] = np.minimum(asked, settings.max_model_len + 1)
     req[:, at.R_RANK] = np.unique(served.arrival_time, return_inverse=True)[1]
     told = np.zeros((n, len(at.REQUEST_COLUMNS)), np.int64)
-    told[:, [at.O_FIRST, at.O_LAST, at.O_FIRST_NS, at.O_LAST_NS]] = -1
+    told[:, [at.O_FIRST, at.O_LAST, at.O_ARRIVED_NS, at.O_BEGUN_NS, at.O_FIRST_NS, at.O_LAST_NS]] = -1
     come = np.argsort(served.arrival, kind="stable")
     aborted = np.flatnonzero(served.abort >= 0)
     gone = aborted[np.argsort(served.abort[aborted], kind="stable")]
@@ -239,7 +261,7 @@ def _state(
     g[at.G_FREE_GPU], g[at.G_FREE_CPU] = settings.num_gpu_blocks, settings.num_cpu_blocks
     token_cost, block_cost = settings.costs(int(req[:, at.R_STOP].max(initial=1)))
     return {
-        "p": _parameters(settings, costs is not None, step_rows, detail),
+        "p": _parameters(settings, costs is not None, by_time, step_rows, detail),
         "g": g,
         "req": req,
         "told": told,
@@ -253,14 +275,15 @@ def _state(
         "batch": np.zeros(slots, np.int32),
         "token_cost": token_cost,
         "block_cost": block_cost,
-        "costs": np.zeros(at.S_FIELDS - at.S_PREFILL + 1) if costs is None else costs.array(),
+        "costs": np.zeros(len(WORK) + 1) if costs is None else costs.array(),
+        "gaps": np.zeros((GAPS + 2 * slots if costs else 1, 2), np.int64),
         "rows": np.zeros((ROWS if step_rows else 1, at.S_FIELDS), np.int64),
         "moves": np.zeros(((MOVES if step_rows else 0) + 2 * slots + n, 4), np.int32),
         "log": np.zeros(((SCHEDULED if detail else 0) + slots, 2), np.int32),
     }
 
 
-def _parameters(settings: SettingsV0, timed: bool, step_rows: bool, detail: bool) -> I64:
+def _parameters(settings: SettingsV0, timed: bool, by_time: bool, step_rows: bool, detail: bool) -> I64:
     p = np.zeros(at.P_FIELDS, np.int64)
     for place, value in (
         (at.P_BLOCK_SIZE, settings.block_size),
@@ -279,6 +302,7 @@ def _parameters(settings: SettingsV0, timed: bool, step_rows: bool, detail: bool
         (at.P_TIMED, timed),
         (at.P_ROWS, step_rows),
         (at.P_DETAIL, detail),
+        (at.P_BY_TIME, by_time),
     ):
         p[place] = int(value)
     return p

@@ -102,7 +102,9 @@ class SettingsV0:
                 "tokens: vLLM 0.4.2 does not start so without chunked prefill"
             )
         if self.preemption == "hybrid" and (self.recompute_cost is None or self.swap_cost is None):
-            raise UsageError("--preemption hybrid needs recompute_cost and swap_cost, which SettingsV0 takes in Python")
+            raise UsageError(
+                "--preemption hybrid needs to know what recomputing and swapping cost: name a profile with --timing"
+            )
 
     def costs(self, most_tokens: int) -> tuple[F64, F64]:
         """float64: what recomputing t tokens, and swapping b blocks, cost, as far as requests of up to `most_tokens`

@@ -5,20 +5,25 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import polars as pl
+import numpy as np
 
 from kvtrace_replay.capacity import parse_amount
 from kvtrace_replay.cores import cores
-from kvtrace_replay.schedulers.recorded import ARRIVALS, Recorded, recorded
-from kvtrace_replay.schedulers.vllm_v0.requests import RequestsV0, requests_of_table
+from kvtrace_replay.schedulers.arrivals import at_rate
+from kvtrace_replay.schedulers.imported import requests_reaching
+from kvtrace_replay.schedulers.latencies import SUMMARY, summary
+from kvtrace_replay.schedulers.recorded import ARRIVALS
 from kvtrace_replay.schedulers.vllm_v0.run import RunV0, compile_v0, simulate_v0
 from kvtrace_replay.schedulers.vllm_v0.settings import SWAP_SPACE_GIB, SettingsV0, settings_of
+from kvtrace_replay.timing.costs import StepCosts
+from kvtrace_replay.timing.profile import Profile
 from kvtrace_traces.errors import UsageError
 
 ENGINE = "vllm-v0"
+COPIES = "per-block-layer-tensor"  # `ops.swap_blocks`
 #: What can be varied, in the order of the command's options. `swap_space` is in GiB.
 VARIABLE = (
     "num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens", "watermark", "preemption", "victim",
@@ -38,6 +43,7 @@ class CellV0:
     requests: int
     run: RunV0 | None
     failed: str | None
+    rate: str | None = None
 
 
 def simulate_grid(
@@ -47,6 +53,11 @@ def simulate_grid(
     engine_index: int,
     arrivals: str = "all",
     mend: Sequence[str] = (),
+    timing: Profile | None = None,
+    pinned: bool = True,
+    overlap: float = 0.0,
+    rate: str | float | None = None,
+    seed: int = 0,
     step_rows: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[CellV0]:
@@ -56,12 +67,14 @@ def simulate_grid(
         trace: a `kvtrace_traces` Trace. Lengths are enough; an import has no steps, so its requests come at once.
         settings: names of VARIABLE to a value or a list of values. `num_blocks` are GPU blocks, in any form of
             `parse_amount`. What is not named is the trace's own, or, where another engine has another, 0.4.2's default.
-        arrivals: "all" or "step". mend: names of `settings.DEFECTS` that the engine is not to have.
+        arrivals: a name of `recorded.ARRIVALS`. mend: names of `settings.DEFECTS` that the engine is not to have.
+        timing: what calls cost, and with "hybrid" which of two ways is the cheaper; without, nothing is timed.
+        pinned: whether the CPU blocks are page-locked, as vLLM's are. overlap: as of `StepCosts`.
+        rate, seed: as `arrivals.at_rate` takes them, for "time".
 
     Returns a cell per combination, the last setting varying fastest. Raises UsageError for a setting that is none, and
     where the only combination cannot be run.
     """
-    header = next(h for h in trace.engines if int(h["engine_index"]) == engine_index)
     unknown = sorted(set(settings) - set(VARIABLE))
     if unknown:
         raise UsageError(
@@ -70,16 +83,12 @@ def simulate_grid(
         )
     if arrivals not in ARRIVALS:
         raise UsageError(f"--arrivals {arrivals} is none of {', '.join(ARRIVALS)}")
-    requests: Recorded | RequestsV0
-    if header.get("source") == "import":
-        mine = trace.requests.filter(pl.col("engine_index") == engine_index).sort("request")
-        requests, count = requests_of_table(mine, arrivals), mine.height
-        # An import knows no model: one that takes its longest request.
-        longest = int((requests.prompt + requests.output).max(initial=1))
-        header = {**header, "max_model_len": header.get("max_model_len") or longest}
-    else:
-        requests = recorded(trace, engine_index)
-        count = requests.n_requests
+    source = requests_reaching(trace, engine_index, arrivals, shares=False)
+    if rate is not None:
+        if arrivals != "time":
+            raise UsageError("--rate is of --arrivals time")
+        source = at_rate(source, rate, seed)
+    header, named_rate = source.header, None if rate is None else str(rate)
     named = [name for name in VARIABLE if settings.get(name) is not None]
     grid = list(itertools.product(*(_listed(settings[name]) for name in named)))
     compile_v0()
@@ -88,11 +97,17 @@ def simulate_grid(
         asked = dict(zip(named, values, strict=True))
         try:
             chosen = _settings(header, asked, mend)
+            if chosen.preemption == "hybrid" and timing is not None:
+                chosen = _with_prices(chosen, timing, pinned, int(source.stop.max(initial=1)))
             chosen.check()
-            run = simulate_v0(requests, chosen, arrivals=arrivals, step_rows=step_rows)
+            costs = None
+            if timing is not None:
+                moves = chosen.preemption != "recompute"
+                costs = replace(_step_costs(timing, chosen.block_size, pinned, moves), overlap=overlap)
+            run = simulate_v0(source, chosen, arrivals=arrivals, costs=costs, step_rows=step_rows)
         except UsageError as error:
-            return CellV0(asked, arrivals, count, None, str(error))
-        return CellV0(_told(chosen, asked), arrivals, count, run, None)
+            return CellV0(asked, arrivals, source.n_requests, None, str(error), named_rate)
+        return CellV0(_told(chosen, asked), arrivals, source.n_requests, run, None, named_rate)
 
     cells: list[CellV0] = []
     with ThreadPoolExecutor(min(cores(), len(grid))) as pool:
@@ -124,6 +139,24 @@ def _settings(header: Mapping[str, Any], asked: Mapping[str, Any], mend: Sequenc
     return settings_of(header, float(asked.get("swap_space", SWAP_SPACE_GIB)), mend=frozenset(mend), **changes)
 
 
+def _step_costs(timing: Profile, block_size: int, pinned: bool, moves: bool) -> StepCosts:
+    """Raises KvtraceError where blocks move and nobody knows what that costs."""
+    if moves:
+        timing.needs_link()
+    return timing.step_costs(block_size, copies=COPIES, pinned=pinned)
+
+
+def _with_prices(chosen: SettingsV0, timing: Profile, pinned: bool, longest: int) -> SettingsV0:
+    """What a victim costs either way, ns: its prefill in a call of its own, or its blocks out and in again."""
+    most = longest + 2
+    blocks = range(-(-most // chosen.block_size) + 1)
+    return replace(
+        chosen,
+        recompute_cost=np.array([timing.recompute_ns(tokens) for tokens in range(most + 1)]),
+        swap_cost=np.array([timing.swap_ns(n, chosen.block_size, copies=COPIES, pinned=pinned) for n in blocks]),
+    )
+
+
 def _told(chosen: SettingsV0, asked: Mapping[str, Any]) -> dict[str, Any]:
     told = {name: getattr(chosen, name) for name in VARIABLE if name not in ("num_blocks", "swap_space")}
     return {"num_blocks": chosen.num_gpu_blocks, **told, "swap_space": float(asked.get("swap_space", SWAP_SPACE_GIB))}
@@ -145,6 +178,7 @@ def _row(cell: CellV0) -> dict[str, Any]:
         **{name: cell.asked.get(name) for name in VARIABLE},
         "num_cpu_blocks": None if run is None else run.settings.num_cpu_blocks,
         "arrivals": cell.arrivals,
+        "rate": cell.rate,
         "requests": cell.requests,
         "steps": of("steps"),
         "prefill_steps": of("prefill_steps"),
@@ -158,12 +192,7 @@ def _row(cell: CellV0) -> dict[str, Any]:
         "evictions": None,
         "hit_tokens": None,
         "lookup_tokens": None,
-        "duration_s": None,
-        "ttft_p50_s": None,
-        "ttft_p99_s": None,
-        "itl_p50_s": None,
-        "itl_p99_s": None,
-        "output_tokens_per_s": None,
+        **_times(cell),
         "finished": of("finished"),
         "dropped": of("dropped"),
         "ended": of("ended"),
@@ -172,3 +201,10 @@ def _row(cell: CellV0) -> dict[str, Any]:
         "why": cell.failed or WHY,
         "seconds": of("seconds"),
     }
+
+
+def _times(cell: CellV0) -> dict[str, Any]:
+    run = cell.run
+    if run is None or run.duration_ns is None:
+        return dict.fromkeys(SUMMARY)
+    return summary(run.times, run.gaps, run.duration_ns, int(run.prompt.sum()), run.tokens - run.prompt)

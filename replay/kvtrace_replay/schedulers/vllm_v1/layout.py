@@ -45,8 +45,9 @@ ST_FIELDS = 16
 (
     P_BLOCK_SIZE, P_MAX_SEQS, P_MAX_TOKENS, P_MAX_BATCHED, P_CACHING, P_CHUNKED, P_LONG, P_LONG_ADAPTIVE, P_PRIORITY,
     P_ASYNC, P_DEPTH, P_WATERMARK, P_GATE, P_UNCACHED_FIRST, P_MAX_LEN, P_LONE_LONG, P_LOG, P_ROWS, P_STRIDE,
-    P_FAST, P_VICTIM, P_SKIPS_FINISHING, P_PASSES_LONG,
-) = range(23)  # fmt: skip
+    P_FAST, P_VICTIM, P_SKIPS_FINISHING, P_PASSES_LONG, P_TIMED, P_BY_TIME,
+    P_VICTIM_BY,
+) = range(26)  # fmt: skip
 P_FIELDS = 32
 
 # The run: `g`, int64.
@@ -56,9 +57,9 @@ P_FIELDS = 32
     G_PREEMPTED, G_OWNERS, G_STUCK, G_HEAP, G_SCHEDULED, G_TOKENS, G_LOGGED_RUNNING, G_LOGGED_WAITING, G_ALLOCATED,
     G_HIT_AFTER, G_LOOKUP_AFTER, G_FINISHED, G_IDLE, G_OUTPUT, G_FILLED, G_ORDER, G_STEADY, G_STEADY_CALLS, G_OUTPUTS,
     G_LATE, G_STEP_BEFORE, G_STEADY_SCHEDULED, G_ABORTED, G_POLICY_CLOCK, G_BAD_VICTIM,
-    G_QUIET, G_LIVE,
-) = range(46)  # fmt: skip
-G_FIELDS = 48
+    G_QUIET, G_LIVE, G_NOW, G_DEVICE, G_TOLD_LAST, G_GAPS, G_CONTEXT,
+) = range(51)  # fmt: skip
+G_FIELDS = 56
 
 # What stops a run: DONE, the log or the rows of steps are full (go on after taking them), or nothing can go on.
 DONE, FULL, STUCK = range(3)
@@ -72,3 +73,18 @@ A_DUE, A_LATE, A_REQUEST = range(3)
 # Rows of steps: `rows`, int32[capacity, 9].
 (S_REQUESTS, S_TOKENS, S_RUNNING, S_WAITING, S_FREE, S_PREEMPTED, S_EMPTY, S_PREFILL, S_EVICTIONS) = range(9)
 S_FIELDS = 9
+
+# The clock, `clk`, a tuple of arrays: CLK_COSTS float64[7], `timing.costs.WORK`; CLK_TIMES int64[n, 4], of each
+# request, in ns, -1 where not yet; CLK_GAPS int64[capacity, 2], (ns between two tokens of a request, how many such
+# pairs); CLK_STEPS int64[capacity, 2], begin and end of each step, beside `rows`.
+CLK_COSTS, CLK_TIMES, CLK_GAPS, CLK_STEPS = range(4)
+T_ARRIVED, T_BEGUN, T_FIRST, T_LAST = range(4)
+# Calls under way: `flights`, int32[., ., 3]: (request, tokens, sampled) of those not steady, and `flight_n`,
+# int64[., 3]: how many these are, all tokens, and when the output arrives (ns).
+F_NAMED, F_TOKENS, F_END = range(3)
+
+#: P_VICTIM_BY is a place in these: who is preempted. The engine's own rule, or, of all that run, the one that arrived
+#: last or first, with the fewest or the most blocks, of the lowest priority (as the engine's, by priority), or with the
+#: fewest tokens computed, whose prefill is the shortest. Of several: the last to arrive.
+VICTIMS = ("vllm", "last", "first", "fewest-blocks", "most-blocks", "lowest-priority", "cheapest")
+BY_ENGINE, BY_LAST, BY_FIRST, BY_FEWEST, BY_MOST, BY_PRIORITY, BY_CHEAPEST = range(7)

@@ -5,26 +5,36 @@ from __future__ import annotations
 
 import numpy as np
 
+from kvtrace_replay.schedulers.vllm_v1.clock import call_cost, note_steady, note_token, position, start_call
 from kvtrace_replay.schedulers.vllm_v1.layout import (
     A_DUE,
     A_LATE,
     A_REQUEST,
+    CLK_GAPS,
+    CLK_STEPS,
+    CLK_TIMES,
     DONE,
+    F_END,
+    F_NAMED,
+    F_TOKENS,
     FINISHED,
     FLAG_CHUNK,
     FLAG_STEADY,
     FULL,
     G_ABORTED,
     G_ARRIVED,
+    G_DEVICE,
     G_EMPTY,
     G_EVICTIONS,
     G_FINISHED_IDS,
     G_FLIGHTS,
     G_FREE,
+    G_GAPS,
     G_IDLE,
     G_LATE,
     G_LIVE,
     G_LOG,
+    G_NOW,
     G_OUTPUTS,
     G_PREEMPTED,
     G_PREEMPTIONS,
@@ -44,11 +54,13 @@ from kvtrace_replay.schedulers.vllm_v1.layout import (
     NEW,
     O_REASON,
     P_ASYNC,
+    P_BY_TIME,
     P_DEPTH,
     P_FAST,
     P_LOG,
     P_PRIORITY,
     P_ROWS,
+    P_TIMED,
     Q_HEAP,
     Q_REQUEST,
     R_CALL,
@@ -77,6 +89,7 @@ from kvtrace_replay.schedulers.vllm_v1.layout import (
     ST_REQUEST,
     ST_SKIPS,
     STUCK,
+    T_ARRIVED,
     WAITING,
     X_DUE,
     X_LATE,
@@ -85,7 +98,7 @@ from kvtrace_replay.schedulers.vllm_v1.layout import (
 from kvtrace_replay.schedulers.vllm_v1.queues import enqueue
 from kvtrace_replay.schedulers.vllm_v1.requests import cache_up_to, finish
 from kvtrace_replay.schedulers.vllm_v1.schedule import schedule, wants_tokens
-from kvtrace_replay.schedulers.vllm_v1.steady import HEAD, coast, first_unsteady, gather, leave
+from kvtrace_replay.schedulers.vllm_v1.steady import FAR, HEAD, coast, first_unsteady, gather, leave
 from kvtrace_replay.schedulers.vllm_v1.words import ABORTED, log_arrival, log_output
 from kvtrace_traces.compile import njit
 
@@ -97,7 +110,7 @@ def runs_dry(p, g, req, st, flight_n):
     """Whether outputs are under way and nobody needs more than these."""
     under_way = 0
     for k in range(g[G_FLIGHTS]):
-        under_way += flight_n[k, 1]
+        under_way += flight_n[k, F_TOKENS]
     if under_way == 0 or g[G_WAITING] > 0:
         return False
     end = req.shape[0] - 1
@@ -116,24 +129,29 @@ def runs_dry(p, g, req, st, flight_n):
 @njit(cache=False)
 def take_arrivals(
     tag, pol, p, g, req, blk, first, table, order, come, log, arrivals, arrival_at, room, flight_n, st,
-    phases, ends,
+    phases, ends, clk,
 ):  # fmt: skip
     """Requests that are due arrive; where the engine idles, those of the next due step.
 
     Returns False where the log has no room left for one and for a call after it.
     """
-    due = g[G_STEP]
+    due = position(p, g)
     if g[G_IDLE] and g[G_ARRIVED] < come.shape[0]:
         due = max(due, come[g[G_ARRIVED], X_DUE])
+        if p[P_BY_TIME]:
+            g[G_NOW] = due
     while g[G_ARRIVED] < come.shape[0] and come[g[G_ARRIVED], X_DUE] <= due:
         request = come[g[G_ARRIVED], X_REQUEST]
         if come[g[G_ARRIVED], X_LATE] and come[g[G_ARRIVED], X_DUE] == g[G_STEP] and runs_dry(p, g, req, st, flight_n):
             break
+        came = come[g[G_ARRIVED], X_DUE] if p[P_BY_TIME] else g[G_NOW]
         if p[P_LOG]:
             start, stop = arrival_at[request], arrival_at[request + 1]
             if g[G_LOG] + stop - start + room > log.shape[0]:
                 return False
-            log_arrival(log, g, arrivals, start, stop)
+            log_arrival(p, log, g, arrivals, start, stop, came)
+        if p[P_TIMED]:
+            clk[CLK_TIMES][request, T_ARRIVED] = came
         req[request, R_STATUS] = WAITING
         g[G_LIVE] += req[request, L_STOP]
         req[request, R_TOKENS] = req[request, L_PROMPT]
@@ -141,18 +159,20 @@ def take_arrivals(
         enqueue(p, g, req, order, request, False)
         g[G_ARRIVED] += 1
         if req[request, O_REASON] == ABORTED:  # before it came
-            finish(tag, pol, p, g, req, blk, first, table, order, log, st, phases, ends, request, ABORTED)
+            finish(tag, pol, p, g, req, blk, first, table, order, log, st, phases, ends, clk, request, ABORTED)
     return True
 
 
 @njit(cache=False)
 def take_aborts(
-    tag, pol, p, g, req, blk, first, table, order, gone, log, room, only_early, st, phases, ends,
+    tag, pol, p, g, req, blk, first, table, order, gone, log, room, only_early, st, phases, ends, clk,
 ):  # fmt: skip
     """Aborts that are due; where the engine idles and nobody will arrive, the next one. As `take_arrivals`."""
-    due = g[G_STEP]
+    due = position(p, g)
     if g[G_IDLE] == STARVED and g[G_ABORTED] < gone.shape[0]:
         due = max(due, gone[g[G_ABORTED], A_DUE])
+        if p[P_BY_TIME]:
+            g[G_NOW] = due
     while g[G_ABORTED] < gone.shape[0] and gone[g[G_ABORTED], A_DUE] <= due:
         if only_early and gone[g[G_ABORTED], A_LATE]:
             break
@@ -160,7 +180,7 @@ def take_aborts(
         if req[request, R_STATUS] != FINISHED and req[request, R_STATUS] != NEW:
             if p[P_LOG] and not only_early and g[G_LOG] + room > log.shape[0]:
                 return False
-            finish(tag, pol, p, g, req, blk, first, table, order, log, st, phases, ends, request, ABORTED)
+            finish(tag, pol, p, g, req, blk, first, table, order, log, st, phases, ends, clk, request, ABORTED)
         elif req[request, R_STATUS] == NEW:
             req[request, O_REASON] = ABORTED
         g[G_ABORTED] += 1
@@ -169,8 +189,8 @@ def take_aborts(
 
 @njit(cache=False)
 def next_due(g, come, gone):
-    """The step before which somebody arrives or is aborted next."""
-    due = np.int64(1) << 62
+    """The position at which somebody arrives or is aborted next."""
+    due = FAR
     if g[G_ARRIVED] < come.shape[0]:
         due = come[g[G_ARRIVED], X_DUE]
     if g[G_ABORTED] < gone.shape[0]:
@@ -181,7 +201,7 @@ def next_due(g, come, gone):
 @njit(cache=False, forceinline=True)
 def take_output(
     tag, pol, p, g, req, blk, first, table, order, chain, chain_at, log, st, phases,
-    ends, request, tokens, sampled,
+    ends, clk, request, tokens, sampled,
 ):  # fmt: skip
     """The output of a call for one of its requests."""
     status = req[request, R_STATUS]
@@ -196,6 +216,8 @@ def take_output(
     known = req[request, R_TOKENS] + 1
     req[request, R_TOKENS] = known
     g[G_QUIET] = 0
+    if p[P_TIMED]:
+        note_token(g, clk, request)
     if p[P_ASYNC]:
         if not stale:
             req[request, R_HOLDERS] -= 1
@@ -219,6 +241,7 @@ def take_output(
             st,
             phases,
             ends,
+            clk,
             request,
             req[request, L_REASON],
         )
@@ -227,7 +250,7 @@ def take_output(
 @njit(cache=False, forceinline=True)
 def update(
     tag, pol, p, g, req, blk, first, table, order, chain, chain_at, log, st, phases,
-    ends, flight, n,
+    ends, clk, flight, n,
 ):  # fmt: skip
     """The output of a call arrives: `Scheduler.update_from_output`. `flight`: its `n` requests that are not steady, as
     (request, tokens, sampled); the steady ones, all of which stand before them, need looking at only where they end."""
@@ -238,7 +261,7 @@ def update(
         if slot >= 0:
             request, tokens, sampled = st[slot, ST_REQUEST], np.int64(1), np.int64(1)
             slot = st[slot, ST_END_NEXT]
-            leave(p, g, req, st, phases, ends, request)
+            leave(p, g, req, st, phases, ends, clk, request)
         elif i < n:
             request, tokens, sampled = np.int64(flight[i, 0]), np.int64(flight[i, 1]), np.int64(flight[i, 2])
             i += 1
@@ -246,15 +269,17 @@ def update(
             break
         take_output(
             tag, pol, p, g, req, blk, first, table, order, chain, chain_at, log, st,
-            phases, ends, request, tokens, sampled,
+            phases, ends, clk, request, tokens, sampled,
         )  # fmt: skip
+    if p[P_TIMED]:
+        note_steady(g, clk, g[G_STEADY])
     if g[G_LATE]:
         g[G_OUTPUTS] += 1
         g[G_QUIET] = 0
 
 
 @njit(cache=False, forceinline=True)
-def note_step(g, req, sch, rows, evictions):
+def note_step(g, req, sch, rows, clk, evictions, begin, end):
     at = g[G_STEP_ROWS]
     n, prefill = g[G_SCHEDULED], 0
     for i in range(n):
@@ -269,18 +294,20 @@ def note_step(g, req, sch, rows, evictions):
     rows[at, S_EMPTY] = g[G_EMPTY]
     rows[at, S_PREFILL] = prefill
     rows[at, S_EVICTIONS] = g[G_EVICTIONS] - evictions
+    clk[CLK_STEPS][at, 0], clk[CLK_STEPS][at, 1] = begin, end
     g[G_STEP_ROWS] += 1
 
 
 @njit(cache=False, forceinline=True)
-def send(g, req, sch, flights, flight_n):
-    """The call just made is under way: it goes before the others in `flights` (few, so they move)."""
+def send(g, req, sch, flights, flight_n, end):
+    """The call just made is under way, its output arrives at `end`: it goes before the others in `flights` (few, so
+    they move)."""
     for k in range(g[G_FLIGHTS], 0, -1):
         flight_n[k] = flight_n[k - 1]
-        for i in range(flight_n[k, 0]):
+        for i in range(flight_n[k, F_NAMED]):
             flights[k, i] = flights[k - 1, i]
     n = g[G_SCHEDULED]
-    flight_n[0, 0], flight_n[0, 1] = n, g[G_TOKENS]
+    flight_n[0, F_NAMED], flight_n[0, F_TOKENS], flight_n[0, F_END] = n, g[G_TOKENS], end
     for i in range(n):
         request = sch[i, 0]
         flights[0, i, 0], flights[0, i, 1] = request, sch[i, 1]
@@ -292,7 +319,7 @@ def send(g, req, sch, flights, flight_n):
 def is_stuck(p, g, req, order, flight_n):
     """After a call without tokens: whether nothing that is under way can change that. Sets `g[G_STUCK]`."""
     for k in range(g[G_FLIGHTS]):
-        if flight_n[k, 1] > 0:
+        if flight_n[k, F_TOKENS] > 0:
             return False
     end = req.shape[0] - 1
     stuck = req[end, R_RUN_NEXT]
@@ -305,7 +332,7 @@ def is_stuck(p, g, req, order, flight_n):
 @njit
 def run(
     tag, pol, p, g, req, blk, first, table, order, chain, chain_at, sch,
-    owners, come, gone, flights, flight_n, st, phases, ends, rows, log, arrivals, arrival_at, room,
+    owners, come, gone, flights, flight_n, st, phases, ends, clk, rows, log, arrivals, arrival_at, room,
 ):  # fmt: skip
     """Run until nothing is left (DONE), nothing can go on (STUCK: `g[G_STUCK]` is the request), or buffers are full
     (FULL: take them, set `g[G_LOG]` and `g[G_STEP_ROWS]` to 0, and call again). `room`: words a call may log."""
@@ -315,20 +342,22 @@ def run(
             return FULL
         if p[P_ROWS] and g[G_STEP_ROWS] >= rows.shape[0]:
             return FULL
+        if p[P_TIMED] and g[G_GAPS] + flights.shape[1] + 1 > clk[CLK_GAPS].shape[0]:
+            return FULL
         due = next_due(g, come, gone)
-        if (g[G_IDLE] or due <= g[G_STEP]) and not take_arrivals(
+        if (g[G_IDLE] or due <= position(p, g)) and not take_arrivals(
             tag, pol, p, g, req, blk, first, table, order, come, log, arrivals, arrival_at, room, flight_n,
-            st, phases, ends,
+            st, phases, ends, clk,
         ):  # fmt: skip
             return FULL
-        if (g[G_IDLE] or due <= g[G_STEP]) and not take_aborts(
+        if (g[G_IDLE] or due <= position(p, g)) and not take_aborts(
             tag, pol, p, g, req, blk, first, table, order, gone, log, room, False, st, phases,
-            ends,
+            ends, clk,
         ):  # fmt: skip
             return FULL
         g[G_IDLE] = 0
         if coast(
-            tag, pol, p, g, req, blk, first, table, chain, owners, log, st, phases, ends, flight_n,
+            tag, pol, p, g, req, blk, first, table, chain, owners, log, st, phases, ends, clk, flight_n,
             next_due(g, come, gone),
         ):  # fmt: skip
             continue
@@ -337,13 +366,20 @@ def run(
             evictions, preemptions = g[G_EVICTIONS], g[G_PREEMPTIONS]
             schedule(
                 tag, pol, p, g, req, blk, first, table, order, chain, chain_at,
-                sch, owners, log, st, phases, ends, flights, flight_n,
+                sch, owners, log, st, phases, ends, clk, flights, flight_n,
             )  # fmt: skip
-            send(g, req, sch, flights, flight_n)
+            begin = end_ns = g[G_NOW]
+            if p[P_TIMED]:
+                begin = max(g[G_NOW], g[G_DEVICE])
+                cost = 0.0
+                if g[G_TOKENS] > 0:
+                    cost = call_cost(p, g, req, sch, st, ends, clk, g[G_STEADY_SCHEDULED])
+                end_ns = start_call(g, cost)
+            send(g, req, sch, flights, flight_n, end_ns)
             calm = g[G_PREEMPTIONS] == preemptions
             if g[G_TOKENS] > 0:
                 if p[P_ROWS]:
-                    note_step(g, req, sch, rows, evictions)
+                    note_step(g, req, sch, rows, clk, evictions, begin, end_ns)
                 g[G_EMPTY] = 0
                 g[G_PREEMPTED] = 0
                 if g[G_QUIET] > 100 + 2 * g[G_LIVE]:  # they preempt each other for ever
@@ -366,22 +402,23 @@ def run(
             continue
         else:
             calm = False
-        if g[G_ABORTED] < gone.shape[0] and gone[g[G_ABORTED], A_DUE] <= g[G_STEP]:
+        if g[G_ABORTED] < gone.shape[0] and gone[g[G_ABORTED], A_DUE] <= position(p, g):
             take_aborts(
                 tag, pol, p, g, req, blk, first, table, order, gone, log, room, True, st, phases,
-                ends,
+                ends, clk,
             )  # fmt: skip
         g[G_FLIGHTS] -= 1
         oldest = g[G_FLIGHTS]
-        if p[P_LOG] and flight_n[oldest, 1] > 0:
-            log_output(log, g)
+        g[G_NOW] = max(g[G_NOW], flight_n[oldest, F_END])
+        if p[P_LOG] and flight_n[oldest, F_TOKENS] > 0:
+            log_output(p, log, g)
         late = g[G_LATE]
         update(
             tag, pol, p, g, req, blk, first, table, order, chain, chain_at, log, st,
-            phases, ends, flights[oldest], flight_n[oldest, 0],
+            phases, ends, clk, flights[oldest], flight_n[oldest, F_NAMED],
         )  # fmt: skip
         g[G_LATE] = 0
         if p[P_FAST] and calm and g[G_RUNNING] > g[G_STEADY]:
             unsteady = first_unsteady(g, req) if late else req[end, R_RUN_NEXT]
             if unsteady >= 0:
-                gather(p, g, req, st, phases, ends, chain_at, flights, flight_n, unsteady)
+                gather(p, g, req, st, phases, ends, clk, chain_at, flights, flight_n, unsteady)

@@ -18,15 +18,36 @@ from kvtrace_replay.schedulers.settings import NATIVE, Settings
 from kvtrace_replay.schedulers.vllm_v1 import layout as at
 from kvtrace_replay.schedulers.vllm_v1 import loop
 from kvtrace_replay.schedulers.vllm_v1.choice import ABSENT, Native
+from kvtrace_replay.timing.costs import WORK, StepCosts
 from kvtrace_traces.compile import warm
 from kvtrace_traces.errors import KvtraceError, UsageError
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
+F64 = npt.NDArray[np.float64]
 U32 = npt.NDArray[np.uint32]
 STEP_ROWS = 1 << 16
 LOG_WORDS = 1 << 20
+GAPS = 1 << 16
 run_compiled: Any = loop.run
+
+
+@dataclass(frozen=True, eq=False)
+class Clock:
+    """The times of a run, in ns since its clock began.
+
+    Attributes:
+        duration_ns: when the last output arrived.
+        times: int64[n, 4], of each request: when it arrived, when its first step began, when its first token was there
+            and when its last; -1 where that never was.
+        gaps: int64[m, 2], (ns between two tokens of one request, how many such pairs): a distribution.
+        steps: int64[steps, 2], when each began and when its output arrived, where rows of steps are kept; else empty.
+    """
+
+    duration_ns: int
+    times: I64
+    gaps: I64
+    steps: I64
 
 
 @dataclass(eq=False)
@@ -42,6 +63,7 @@ class Run:
         requests: int32[n, 6]; columns O_* of `layout` less O_FIRST. preempted: int32[n], how often each was.
         tokens: int32[n], prompt and output at the end.
         rows: int32[steps, 9], columns `layout.S_*`, where asked for; else empty.
+        clock: when all this happened, where calls have costs; else None.
         seconds: what the kernel took.
     """
 
@@ -62,6 +84,7 @@ class Run:
     preempted: I32
     tokens: I32
     rows: I32
+    clock: Clock | None
     seconds: float
 
 
@@ -98,6 +121,7 @@ def run_in_pieces(
     settings: Settings,
     *,
     arrivals: str = "step",
+    costs: StepCosts | None = None,
     step_rows: bool = False,
     arrival_words: tuple[U32, I64] | None = None,
     fast: bool = True,
@@ -105,21 +129,26 @@ def run_in_pieces(
     """Run `recorded` at `settings`; yields the words of the log as they come, and returns the run.
 
     Args:
-        arrivals: a name of `recorded.ARRIVALS`.
+        arrivals: a name of `recorded.ARRIVALS`; "time" needs `costs`.
+        costs: what a call takes; without, nothing is timed.
         step_rows: keep a row per step.
         arrival_words: the words of each request's arrival and where they begin (`schedulers.log`); without, no log.
         fast: let requests that only decode pass many steps at once; False goes through each of them, for tests.
 
     Raises UsageError where some request can never be served at these settings.
     """
+    if arrivals == "time" and costs is None:
+        raise UsageError("--arrivals time needs to know what a step costs: name a profile with --timing")
     _check_sizes(recorded, settings)
-    state = _state(recorded, settings, arrivals, step_rows, arrival_words is not None, fast)
+    state = _state(recorded, settings, arrivals, costs, step_rows, arrival_words is not None, fast)
     words, word_at = arrival_words or (np.zeros(1, np.uint32), np.zeros(recorded.n_requests + 1, np.int64))
     room = _room(recorded, settings, state["gone"])
     longest = int(np.diff(word_at).max(initial=0))
     log = np.zeros(max(LOG_WORDS, 4 * room + longest) if arrival_words else 1, np.uint32)
-    g = state["g"]
+    g, clk = state["g"], state["clk"]
     rows: list[I32] = []
+    gaps: list[I64] = []
+    steps: list[I64] = []
     seconds, status = 0.0, at.FULL
     while status == at.FULL:
         begin = time.perf_counter()
@@ -127,13 +156,25 @@ def run_in_pieces(
         seconds += time.perf_counter() - begin
         if step_rows:
             rows.append(state["rows"][: g[at.G_STEP_ROWS]].copy())
+            steps.append(clk[at.CLK_STEPS][: g[at.G_STEP_ROWS]].copy())
             g[at.G_STEP_ROWS] = 0
+        if costs is not None:
+            gaps.append(clk[at.CLK_GAPS][: g[at.G_GAPS]].copy())
+            g[at.G_GAPS] = 0
         yield log[: g[at.G_LOG]]
         g[at.G_LOG] = 0
     if g[at.G_BAD_VICTIM]:
         raise KvtraceError(f"policy {settings.policy!r} is wrong: its evict returned a block that may not be evicted")
     if status == at.STUCK:
         raise UsageError(_why_stuck(recorded, settings, int(g[at.G_STUCK])))
+    clock = None
+    if costs is not None:
+        clock = Clock(
+            duration_ns=int(g[at.G_NOW]),
+            times=clk[at.CLK_TIMES],
+            gaps=np.concatenate(gaps),
+            steps=np.concatenate(steps) if steps else np.zeros((0, 2), np.int64),
+        )
     return Run(
         settings=settings,
         steps=int(g[at.G_STEP]),
@@ -152,6 +193,7 @@ def run_in_pieces(
         preempted=state["req"][:-1, at.R_PREEMPTIONS].copy(),
         tokens=state["req"][:-1, at.R_TOKENS].copy(),
         rows=np.concatenate(rows) if rows else np.zeros((0, at.S_FIELDS), np.int32),
+        clock=clock,
         seconds=seconds,
     )
 
@@ -160,6 +202,7 @@ def _state(
     recorded: Recorded,
     settings: Settings,
     arrivals: str,
+    costs: StepCosts | None = None,
     step_rows: bool = False,
     logged: bool = False,
     fast: bool = True,
@@ -184,7 +227,7 @@ def _state(
         req[:n, column] = values
     req[:, [at.O_FIRST, at.O_LAST, at.O_FINISH, at.O_CACHED, at.O_REASON]] = -1
     order = np.zeros((n + 1, 5), np.int32)
-    if settings.scheduling_policy == "priority":
+    if settings.scheduling_policy == "priority" or settings.victim == "lowest-priority":
         order[:n, at.Q_RANK], order[:n, at.Q_VICTIM] = recorded.ranks()
         order[order[:n, at.Q_RANK], at.Q_REQUEST] = np.arange(n, dtype=np.int32)
     st = np.zeros((slots, at.ST_FIELDS), np.int64)
@@ -201,7 +244,7 @@ def _state(
     return {
         "tag": tag,
         "pol": pol,
-        "p": _parameters(recorded, settings, step_rows, logged, fast),
+        "p": _parameters(recorded, settings, step_rows, logged, fast, costs is not None, arrivals == "time"),
         "g": g,
         "req": req,
         "blk": blk,
@@ -213,12 +256,18 @@ def _state(
         "sch": np.zeros((slots + 1, 3), np.int32),
         "owners": np.zeros(2 * blocks + slots if logged else 1, np.int32),
         "come": recorded.arrivals(arrivals),
-        "gone": recorded.aborts(),
+        "gone": recorded.aborts(arrivals),
         "flights": np.zeros((settings.depth + 2, slots + 1, 3), np.int32),  # one more, to copy to
-        "flight_n": np.zeros((settings.depth + 1, 2), np.int64),
+        "flight_n": np.zeros((settings.depth + 1, 3), np.int64),
         "st": st,
         "phases": _empty_lists(settings.block_size),
         "ends": _empty_lists(1 << int(longest).bit_length()),
+        "clk": (
+            np.zeros(len(WORK)) if costs is None else costs.array(),
+            np.full((n if costs else 1, 4), -1, np.int64),
+            np.zeros((GAPS + 2 * slots if costs else 1, 2), np.int64),
+            np.zeros((STEP_ROWS if step_rows else 1, 2), np.int64),
+        ),
         "rows": np.zeros((STEP_ROWS if step_rows else 1, at.S_FIELDS), np.int32),
     }
 
@@ -251,7 +300,9 @@ def _empty_lists(n: int) -> I64:
     return lists
 
 
-def _parameters(recorded: Recorded, settings: Settings, step_rows: bool, logged: bool, fast: bool) -> I64:
+def _parameters(
+    recorded: Recorded, settings: Settings, step_rows: bool, logged: bool, fast: bool, timed: bool, by_time: bool
+) -> I64:
     rules = settings.rules
     p = np.zeros(at.P_FIELDS, np.int64)
     active = settings.max_num_active_seqs
@@ -282,6 +333,9 @@ def _parameters(recorded: Recorded, settings: Settings, step_rows: bool, logged:
         (at.P_VICTIM, rules.priority_victim),
         (at.P_SKIPS_FINISHING, rules.async_skips_finishing),
         (at.P_PASSES_LONG, not rules.unchunked_prompt_blocks),
+        (at.P_TIMED, timed),
+        (at.P_VICTIM_BY, at.VICTIMS.index(settings.victim)),
+        (at.P_BY_TIME, by_time),
     ):
         p[place] = int(value)
     return p

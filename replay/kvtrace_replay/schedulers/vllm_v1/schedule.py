@@ -3,10 +3,18 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 from __future__ import annotations
 
+import numpy as np
+
 from kvtrace_replay.schedulers.families import VICTIM_INDEX_IF_SCHEDULED, VICTIM_STAYS_SCHEDULED
 from kvtrace_replay.schedulers.vllm_v1.choice import take_block, touch
 from kvtrace_replay.schedulers.vllm_v1.layout import (
     B_REFS,
+    BY_CHEAPEST,
+    BY_ENGINE,
+    BY_FEWEST,
+    BY_FIRST,
+    BY_MOST,
+    BY_PRIORITY,
     FLAG_CHUNK,
     G_CALL,
     G_EMPTY,
@@ -52,6 +60,7 @@ from kvtrace_replay.schedulers.vllm_v1.layout import (
     P_PRIORITY,
     P_SKIPS_FINISHING,
     P_VICTIM,
+    P_VICTIM_BY,
     P_WATERMARK,
     Q_HEAP,
     Q_RANK,
@@ -79,7 +88,14 @@ from kvtrace_replay.schedulers.vllm_v1.layout import (
 )
 from kvtrace_replay.schedulers.vllm_v1.queues import append_running, link_waiting, pop_heap, push_heap, unlink_waiting
 from kvtrace_replay.schedulers.vllm_v1.requests import blocks_of, cache_up_to, extend, key_of, preempt
-from kvtrace_replay.schedulers.vllm_v1.steady import can_stay_steady, dissolve, first_unsteady, left_out, steady_call
+from kvtrace_replay.schedulers.vllm_v1.steady import (
+    FAR,
+    can_stay_steady,
+    dissolve,
+    first_unsteady,
+    left_out,
+    steady_call,
+)
 from kvtrace_replay.schedulers.vllm_v1.words import ALLOCN, HIT, log_begin, log_blocks, log_lookup, log_sched
 from kvtrace_traces.compile import njit
 
@@ -107,10 +123,38 @@ def wants_tokens(p, req, request):
 
 
 @njit(cache=False)
+def victim_by(p, req, order):
+    """The running request with the highest key; of several, the one that arrived last."""
+    end = req.shape[0] - 1
+    rule = p[P_VICTIM_BY]
+    request = req[end, R_RUN_NEXT]
+    chosen, highest = request, np.int64(-FAR)
+    while request != end:
+        key = np.int64(request)
+        if rule == BY_FIRST:
+            key = -key
+        elif rule == BY_FEWEST:
+            key = -np.int64(req[request, R_BLOCKS])
+        elif rule == BY_MOST:
+            key = np.int64(req[request, R_BLOCKS])
+        elif rule == BY_PRIORITY:
+            key = np.int64(order[request, Q_VICTIM])
+        elif rule == BY_CHEAPEST:
+            key = -np.int64(req[request, R_COMPUTED])
+        if key > highest or (key == highest and request > chosen):
+            chosen, highest = request, key
+        request = req[request, R_RUN_NEXT]
+    return chosen
+
+
+@njit(cache=False)
 def victim_of(p, req, order):
-    """Who is preempted: the last to run, or, by priority, the first of those with the highest (priority, arrival)."""
+    """Who is preempted: the last to run, or, by priority, the first of those with the highest (priority, arrival); or
+    by another rule than the engine's."""
     end = req.shape[0] - 1
     chosen = req[end, R_RUN_PREV]
+    if p[P_VICTIM_BY] != BY_ENGINE:
+        return victim_by(p, req, order)
     if p[P_PRIORITY]:
         request = req[end, R_RUN_NEXT]
         chosen = request
@@ -170,7 +214,9 @@ def schedule_running(
         while need > g[G_FREE]:
             victim = victim_of(p, req, order)
             preempted = True
-            if p[P_PRIORITY] and p[P_VICTIM] == VICTIM_STAYS_SCHEDULED:
+            if p[P_VICTIM_BY] != BY_ENGINE:
+                budget += unschedule(g, sch, victim)
+            elif p[P_PRIORITY] and p[P_VICTIM] == VICTIM_STAYS_SCHEDULED:
                 overlooked += stands_before(req, victim, request)
             elif p[P_PRIORITY]:
                 restored = unschedule(g, sch, victim)
@@ -335,12 +381,12 @@ def schedule_waiting(
 @njit(cache=False, forceinline=True)
 def schedule(
     tag, pol, p, g, req, blk, first, table, order, chain, chain_at, sch,
-    owners, log, st, phases, ends, flights, flight_n,
+    owners, log, st, phases, ends, clk, flights, flight_n,
 ):  # fmt: skip
     """A call. Leaves what it scheduled in `sch`, `g[G_SCHEDULED]` rows of it, and `g[G_TOKENS]`; of steady requests,
     their number in `g[G_STEADY_SCHEDULED]`."""
     if p[P_LOG]:
-        log_begin(log, g)
+        log_begin(p, log, g)
     g[G_SCHEDULED] = 0
     limit = long_prefill_limit(p, g)
     budget = min(p[P_MAX_TOKENS], p[P_MAX_BATCHED])
@@ -355,7 +401,7 @@ def schedule(
             request = unsteady
             g[G_LATE] = 1
         else:
-            dissolve(p, g, req, st, phases, ends, flights, flight_n)
+            dissolve(p, g, req, st, phases, ends, clk, flights, flight_n)
     budget, preempted = schedule_running(
         tag, pol, p, g, req, blk, first, table, order, chain, chain_at, sch, owners,
         log, st, limit, request, budget - steady,

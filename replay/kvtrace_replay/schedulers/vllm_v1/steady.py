@@ -17,17 +17,27 @@ from __future__ import annotations
 import numpy as np
 
 from kvtrace_replay.schedulers.vllm_v1.choice import remember, take_block
+from kvtrace_replay.schedulers.vllm_v1.clock import note_steady, start_call
 from kvtrace_replay.schedulers.vllm_v1.layout import (
+    CLK_COSTS,
+    CLK_GAPS,
+    CLK_TIMES,
+    F_END,
+    F_NAMED,
+    F_TOKENS,
     FLAG_CHUNK,
     FLAG_STEADY,
     G_CALL,
+    G_CONTEXT,
     G_EMPTY,
     G_FILLED,
     G_FINISHED_IDS,
     G_FLIGHTS,
     G_FREE,
+    G_GAPS,
     G_GUESSED,
     G_LATE,
+    G_NOW,
     G_OUTPUTS,
     G_PREEMPTED,
     G_RUNNING,
@@ -35,6 +45,7 @@ from kvtrace_replay.schedulers.vllm_v1.layout import (
     G_STEADY_CALLS,
     G_STEP,
     G_STEP_BEFORE,
+    G_TOLD_LAST,
     G_WAITING,
     GUESSED,
     L_GRANULES,
@@ -43,6 +54,7 @@ from kvtrace_replay.schedulers.vllm_v1.layout import (
     O_LAST,
     P_ASYNC,
     P_BLOCK_SIZE,
+    P_BY_TIME,
     P_CACHING,
     P_DEPTH,
     P_LOG,
@@ -53,6 +65,7 @@ from kvtrace_replay.schedulers.vllm_v1.layout import (
     P_ROWS,
     P_SKIPS_FINISHING,
     P_STRIDE,
+    P_TIMED,
     R_BLOCKS,
     R_CACHED,
     R_CALL,
@@ -80,10 +93,12 @@ from kvtrace_replay.schedulers.vllm_v1.layout import (
     ST_PHASE_PREV,
     ST_REQUEST,
     ST_SKIPS,
+    T_LAST,
 )
 from kvtrace_replay.schedulers.vllm_v1.words import log_alloc, log_fill, log_guess
 from kvtrace_traces.compile import njit
 
+FAR = np.int64(1) << np.int64(62)
 HEAD, TAIL, COUNT = range(3)  # columns of `phases` and `ends`
 
 
@@ -121,10 +136,12 @@ def delist(st, lists, at, slot, after, before):
 
 
 @njit(cache=False, forceinline=True)
-def may_enter(p, req, request):
+def may_enter(p, g, req, clk, request):
     """Whether a running request only decodes from here on, as far as it alone is concerned; between calls."""
     if req[request, R_FLAGS] & (FLAG_CHUNK | FLAG_STEADY) or req[request, R_STALE] > 0:
         return False
+    if p[P_TIMED] and clk[CLK_TIMES][request, T_LAST] != g[G_NOW]:
+        return False  # from here on its tokens come with the others', one an output
     size, computed = p[P_BLOCK_SIZE], req[request, R_COMPUTED]
     cached = computed // size
     if p[P_ASYNC]:
@@ -160,10 +177,11 @@ def enter(p, g, req, st, phases, ends, chain_at, request):
     enlist(st, phases, st[slot, ST_PHASE], slot, ST_PHASE_NEXT, ST_PHASE_PREV)
     enlist(st, ends, st[slot, ST_END] & (ends.shape[0] - 1), slot, ST_END_NEXT, ST_END_PREV)
     g[G_STEADY] += 1
+    g[G_CONTEXT] += req[request, R_COMPUTED]
 
 
 @njit(cache=False)
-def leave(p, g, req, st, phases, ends, request):
+def leave(p, g, req, st, phases, ends, clk, request):
     """`request` is steady no more: its row says again how far it is."""
     slot = req[request, R_SLOT]
     calls = g[G_STEADY_CALLS] - st[slot, ST_CALLS]
@@ -171,6 +189,9 @@ def leave(p, g, req, st, phases, ends, request):
     delist(st, phases, st[slot, ST_PHASE], slot, ST_PHASE_NEXT, ST_PHASE_PREV)
     delist(st, ends, st[slot, ST_END] & (ends.shape[0] - 1), slot, ST_END_NEXT, ST_END_PREV)
     req[request, R_FLAGS] &= ~FLAG_STEADY
+    g[G_CONTEXT] -= req[request, R_COMPUTED] + calls
+    if p[P_TIMED]:
+        clk[CLK_TIMES][request, T_LAST] = g[G_TOLD_LAST]
     last, in_last_call = g[G_STEP] - 1, True
     if g[G_LATE] and st[slot, ST_SKIPS] and st[slot, ST_END] == g[G_OUTPUTS]:
         calls -= 1  # the call just made left it out
@@ -191,12 +212,12 @@ def leave(p, g, req, st, phases, ends, request):
 
 
 @njit(cache=False, forceinline=True)
-def gather(p, g, req, st, phases, ends, chain_at, flights, flight_n, request):
+def gather(p, g, req, st, phases, ends, clk, chain_at, flights, flight_n, request):
     """Between calls: from `request` on in the running list, whoever only decodes becomes steady."""
     end = req.shape[0] - 1
     entered = False
     while request != end:
-        if may_enter(p, req, request):
+        if may_enter(p, g, req, clk, request):
             enter(p, g, req, st, phases, ends, chain_at, request)
             entered = True
         request = req[request, R_RUN_NEXT]
@@ -208,18 +229,18 @@ def gather(p, g, req, st, phases, ends, chain_at, flights, flight_n, request):
 def drop_steady(req, flights, flight_n):
     """The newest call names the requests not steady alone."""
     kept = 0
-    for i in range(flight_n[0, 0]):
+    for i in range(flight_n[0, F_NAMED]):
         if not req[flights[0, i, 0], R_FLAGS] & FLAG_STEADY:
             flights[0, kept] = flights[0, i]
             kept += 1
-    flight_n[0, 0] = kept
+    flight_n[0, F_NAMED] = kept
 
 
 @njit(cache=False)
-def dissolve(p, g, req, st, phases, ends, flights, flight_n):
+def dissolve(p, g, req, st, phases, ends, clk, flights, flight_n):
     """Between calls: nobody is steady any more, and the call under way names all its requests, in order."""
     end = req.shape[0] - 1
-    named = flight_n[0, 0] if g[G_FLIGHTS] > 0 else 0
+    named = flight_n[0, F_NAMED] if g[G_FLIGHTS] > 0 else 0
     spare = flights[flights.shape[0] - 1]
     for i in range(named):
         spare[i] = flights[0, i]
@@ -231,7 +252,7 @@ def dissolve(p, g, req, st, phases, ends, flights, flight_n):
             while i < named and order_of(req, st, spare[i, 0]) < order:
                 flights[0, n] = spare[i]
                 n, i = n + 1, i + 1
-            leave(p, g, req, st, phases, ends, request)
+            leave(p, g, req, st, phases, ends, clk, request)
             if g[G_FLIGHTS] > 0:
                 flights[0, n, 0], flights[0, n, 1], flights[0, n, 2] = request, 1, 1
                 n += 1
@@ -240,7 +261,7 @@ def dissolve(p, g, req, st, phases, ends, flights, flight_n):
         flights[0, n] = spare[i]
         n, i = n + 1, i + 1
     if g[G_FLIGHTS] > 0:
-        flight_n[0, 0] = n
+        flight_n[0, F_NAMED] = n
 
 
 @njit(cache=False)
@@ -349,29 +370,41 @@ def steady_call(tag, pol, p, g, req, blk, first, table, chain, owners, log, st, 
             filling = st[slot, ST_PHASE_NEXT]
             steady_fill(tag, pol, p, g, req, blk, first, table, chain, log, st, slot)
     g[G_STEADY_CALLS] += 1
+    g[G_CONTEXT] += g[G_STEADY]
 
 
 @njit(cache=False, forceinline=True)
-def coast(tag, pol, p, g, req, blk, first, table, chain, owners, log, st, phases, ends, flight_n, until):
-    """Make calls, up to step `until`, as long as every running request is steady, none ends, none can be admitted and
-    blocks suffice: nothing then happens but at the ends of blocks. Returns whether it made any."""
+def coast(tag, pol, p, g, req, blk, first, table, chain, owners, log, st, phases, ends, clk, flight_n, until):
+    """Make calls, up to the position `until`, as long as every running request is steady, none ends, none can be
+    admitted and blocks suffice: nothing then happens but at the ends of blocks. Returns whether it made any."""
     if g[G_STEADY] == 0 or g[G_STEADY] != g[G_RUNNING] or p[P_LOG] or p[P_ROWS]:
         return False
     if g[G_WAITING] > 0 and g[G_RUNNING] < p[P_MAX_SEQS]:
         return False
     if g[G_STEADY] > min(p[P_MAX_TOKENS], p[P_MAX_BATCHED]) or g[G_FLIGHTS] != p[P_DEPTH] - 1:
         return False
-    if g[G_FLIGHTS] > 0 and flight_n[0, 0] > 0:
+    if g[G_FLIGHTS] > 0 and flight_n[0, F_NAMED] > 0:
         return False
     size, mask = p[P_BLOCK_SIZE], ends.shape[0] - 1
     phase, step, output = g[G_STEADY_CALLS] % size, g[G_STEP], g[G_OUTPUTS]
-    while step < until and ends[output & mask, HEAD] < 0 and phases[phase, COUNT] <= g[G_FREE]:
+    due = FAR
+    if p[P_BY_TIME]:
+        until, due = FAR, until
+    if p[P_TIMED]:
+        until = min(until, step + clk[CLK_GAPS].shape[0] - g[G_GAPS])
+    while step < until and g[G_NOW] < due and ends[output & mask, HEAD] < 0 and phases[phase, COUNT] <= g[G_FREE]:
         steady_call(tag, pol, p, g, req, blk, first, table, chain, owners, log, st, phases, phase)
         phase = phase + 1 if phase + 1 < size else 0
         step, output = step + 1, output + 1
+        if p[P_TIMED]:
+            end = start_call(g, clk[CLK_COSTS][0] + clk[CLK_COSTS][3] * g[G_STEADY] + clk[CLK_COSTS][4] * g[G_CONTEXT])
+            if p[P_DEPTH] > 1:
+                flight_n[0, F_END], end = end, flight_n[0, F_END]
+            g[G_NOW] = max(g[G_NOW], end)
+            note_steady(g, clk, g[G_STEADY])
     if step == g[G_STEP]:
         return False
     g[G_STEP], g[G_OUTPUTS] = step, output
     g[G_EMPTY], g[G_PREEMPTED], g[G_FINISHED_IDS] = 0, 0, 0
-    flight_n[0, 1] = g[G_STEADY]
+    flight_n[0, F_TOKENS] = g[G_STEADY]
     return True

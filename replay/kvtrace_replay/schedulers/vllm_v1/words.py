@@ -1,7 +1,7 @@
 """What a simulated run writes into its log: the operations of a `.kvt` file (`docs/format.md`), as the tracer would.
 
-Each function appends 32-bit words at `g[G_LOG]`; the caller has seen that there is room. Time is logical: every
-scheduler call and every output advances it by one microsecond.
+Each function appends 32-bit words at `g[G_LOG]`; the caller has seen that there is room. Where nothing is timed, time
+is logical: every scheduler call and every output advances it by one microsecond.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
@@ -18,6 +18,7 @@ from kvtrace_replay.schedulers.vllm_v1.layout import (
     G_LOG,
     G_LOGGED_RUNNING,
     G_LOGGED_WAITING,
+    G_NOW,
     G_OUTPUT,
     G_OUTPUTS,
     G_OWNERS,
@@ -25,6 +26,7 @@ from kvtrace_replay.schedulers.vllm_v1.layout import (
     G_SCHEDULED,
     G_STEADY_CALLS,
     G_WAITING,
+    P_TIMED,
     R_CALL,
     R_COMPUTED,
     R_FLAGS,
@@ -42,6 +44,7 @@ BEGIN, SCHED, OUTPUT, CHAIN = OPS["BEGIN"].code, OPS["SCHED"].code, OPS["OUTPUT"
 LOOKUP, HIT, ALLOC, ALLOCN = OPS["LOOKUP"].code, OPS["HIT"].code, OPS["ALLOC"].code, OPS["ALLOCN"].code
 FILL, FREE, PREEMPT, FINISH = OPS["FILL"].code, OPS["FREE"].code, OPS["PREEMPT"].code, OPS["FINISH"].code
 EVICT = OPS["EXT"].code | (EXT_OPS["EVICT"].code | 1 << 8) << 4
+TIME = OPS["EXT"].code | (EXT_OPS["TIME"].code | 2 << 8) << 4
 ABORTED = 2  # schema.FINISH_REASONS
 
 
@@ -52,25 +55,39 @@ def put(log, g, word):
 
 
 @njit(cache=False)
-def log_arrival(log, g, words, start, stop):
+def log_arrival(p, log, g, words, start, stop, came):
     """A request arrives: its prepared words, REQ and CHAIN, with the time set (words 1 and 2)."""
     at = g[G_LOG]
+    if not p[P_TIMED]:
+        came = g[G_OUTPUT]
     log[at : at + stop - start] = words[start:stop]
-    log[at + 1] = np.uint32(g[G_OUTPUT] & 0xFFFFFFFF)
-    log[at + 2] = np.uint32(g[G_OUTPUT] >> 32)
+    log[at + 1] = np.uint32(came & 0xFFFFFFFF)
+    log[at + 2] = np.uint32(came >> 32)
     g[G_LOG] = at + stop - start
 
 
 @njit(cache=False)
-def log_begin(log, g):
-    put(log, g, TICK << 4 | BEGIN)
-    g[G_OUTPUT] += TICK
+def log_time(p, log, g, op):
+    """BEGIN or OUTPUT; `g[G_OUTPUT]` is the time that the log stands at. No two are at one time, for a reader knows by
+    it what was before a step and what after: a call made at the moment of another stands 1 ns later."""
+    passed = max(g[G_NOW] - g[G_OUTPUT], 1) if p[P_TIMED] else TICK
+    g[G_OUTPUT] += passed
+    if passed >> 28:  # more than the operation holds
+        put(log, g, TIME)
+        put(log, g, g[G_OUTPUT] & 0xFFFFFFFF)
+        put(log, g, g[G_OUTPUT] >> 32)
+        passed = 0
+    put(log, g, passed << 4 | op)
 
 
 @njit(cache=False)
-def log_output(log, g):
-    put(log, g, TICK << 4 | OUTPUT)
-    g[G_OUTPUT] += TICK
+def log_begin(p, log, g):
+    log_time(p, log, g, BEGIN)
+
+
+@njit(cache=False)
+def log_output(p, log, g):
+    log_time(p, log, g, OUTPUT)
 
 
 @njit(cache=False)

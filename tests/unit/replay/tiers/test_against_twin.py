@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kvtrace_replay import Workload
-from kvtrace_replay.cache import runs as one_tier
+from kvtrace_replay.cache.prepare import prepare
 from kvtrace_replay.tiers import Tier, replay_tiers, runs
 from unit.replay.test_against_twins import random_schedule, random_workload
 from unit.replay.tiers.twin import TierTwin
@@ -75,7 +75,7 @@ def check(workload: Workload, tiers: list[Tier], semantics: str) -> TierTwin:
         sums = dataclasses.asdict(level.sums)
         assert {name: row[name] for name in sums} == sums, (tiers, row["tier"])
     assert rows[0]["pin_overflow_requests"] == len(expected.overflows)
-    run = one_tier._prepare(workload, semantics, 0.0)
+    run = prepare(workload, semantics, 0.0)
     found = runs._drive(runs._levels(workload, tiers, semantics), run)
     assert found.request_hits.tolist() == expected.request_hits
     held = np.array(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kvtrace_replay import Workload
-from kvtrace_replay.cache import runs as one_tier
+from kvtrace_replay.cache.prepare import prepare
 from kvtrace_replay.tiers import Tier, parse_tier, replay_tiers, runs
 from kvtrace_traces.errors import KvtraceError, UsageError
 from unit.replay.twins import make_workload
@@ -21,7 +21,7 @@ STREAM = make_workload([[A, B, C, A, D, A]])
 def contents(workload: Workload, texts: list[str], semantics: str) -> list[set[int]]:
     """The blocks of each tier at the end."""
     tiers = [parse_tier(text) for text in texts]
-    run = one_tier._prepare(workload, semantics, 0.0)
+    run = prepare(workload, semantics, 0.0)
     mask = runs._drive(runs._levels(workload, tiers, semantics), run).mask
     return [set(np.flatnonzero(mask >> k & 1).tolist()) for k in range(len(tiers))]
 

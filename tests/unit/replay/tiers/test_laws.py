@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from kvtrace_replay import Workload, replay, replay_requests
-from kvtrace_replay.cache import runs as one_tier
+from kvtrace_replay.cache.prepare import prepare
 from kvtrace_replay.policies.registry import find_policy
 from kvtrace_replay.tiers import Tier, replay_tiers, runs
 from unit.replay.test_against_twins import random_workload
@@ -72,7 +72,7 @@ def check_below(policy: str, semantics: str, cases: int) -> None:
         for write in ("through", "demote"):
             tiers = [Tier("hbm", largest), Tier("dram", rng.randint(1, largest + 4), policy, write=write)]
             row = replay_tiers(workload, tiers, semantics)[1]
-            run = one_tier._prepare(workload, semantics, 0.0)
+            run = prepare(workload, semantics, 0.0)
             resident = int((runs._drive(runs._levels(workload, tiers, semantics), run).mask >> 1).sum())
             assert resident <= tiers[1].capacity
             assert row["blocks_down"] == resident + row["evictions"] + row["expired_blocks"]
@@ -147,7 +147,7 @@ def test_what_goes_in_comes_out_or_stays(semantics: str) -> None:
         workload, largest = random_import(rng)
         tiers = random_tiers(rng, largest, ("lru",) * 4)[: rng.choice([2, 3])]
         rows = replay_tiers(workload, tiers, semantics, bytes_per_token=3)
-        run = one_tier._prepare(workload, semantics, 0.0)
+        run = prepare(workload, semantics, 0.0)
         mask = runs._drive(runs._levels(workload, tiers, semantics), run).mask
         for k, (tier, row) in enumerate(zip(tiers, rows, strict=False)):
             resident = int((mask >> k & 1).sum())
@@ -186,7 +186,7 @@ def test_a_warm_up_fills_the_tiers_and_counts_nothing() -> None:
     for _ in range(150):
         workload, largest = random_import(rng)
         tiers = random_tiers(rng, largest, ("lru",) * 4)[:3]
-        run = one_tier._prepare(workload, "prefix", 0.0)
+        run = prepare(workload, "prefix", 0.0)
         hits = runs._drive(runs._levels(workload, tiers, "prefix"), run).request_hits
         total = replay_tiers(workload, tiers, warmup=0.5)[-1]
         skipped = workload.n_requests // 2
@@ -200,6 +200,6 @@ def test_the_hits_of_each_request_are_those_of_the_plain_cache() -> None:
     rng = random.Random(7)
     for _ in range(60):
         workload, largest = random_workload(rng)
-        run = one_tier._prepare(workload, "prefix", 0.0)
+        run = prepare(workload, "prefix", 0.0)
         found = runs._drive(runs._levels(workload, [Tier("hbm", largest + 3)], "prefix"), run)
         np.testing.assert_array_equal(found.request_hits, replay_requests(workload, "lru", largest + 3, "prefix"))
