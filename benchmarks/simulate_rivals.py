@@ -99,12 +99,12 @@ def workload(path: Path, block_size: int) -> Recorded:
     chain = np.empty(at[-1], np.int32)
     identities = fill_chains(chain, at, ids, given, prompt, first_own, PER_ID // block_size)
     zeros = np.zeros(n, np.int32)
-    no = np.zeros(n, bool)
+    no, never = np.zeros(n, bool), np.zeros(n, np.int64)
     return Recorded(
         header={"block_size": block_size, "granule": block_size, "scheduler": {}}, prompt=prompt, stop=stop, most=stop,
         reason=np.full(n, FINISH_REASONS.index("length"), np.int32), no_read=no, priority=zeros,
         arrival_s=np.arange(n, dtype=np.float64), request_id=pl.Series(["r"]).new_from_index(0, n), arrival_step=zeros,
-        arrival_late=no, abort_step=zeros - 2, abort_early=no, abort_ns=np.zeros(n, np.int64), arrival_ns=np.zeros(n, np.int64), due_ns=np.zeros(n, np.int64),
+        arrival_late=no, abort_step=zeros - 2, abort_early=no, abort_ns=never, arrival_ns=never, due_ns=never,
         tenant=np.zeros(n, np.uint64), chain=chain, chain_at=at,
         hashes=np.arange(identities, dtype=np.uint64), steps=0, unfinished=0, resets=0,
     )  # fmt: skip
