@@ -34,6 +34,7 @@ SECTIONS = {
         "curve": "Hit ratios of a trace at all cache sizes, or its working sets.",
         "simulate": "Run a trace's requests again at other settings of their engine.",
         "policies": "List the eviction policies: name, rule, paper.",
+        "calibrate": "Learn what an engine's steps cost, by its trace or this machine.",
     },
     "Exchange": {
         "import": "Turn another tool's trace into a .kvt file.",

@@ -38,8 +38,8 @@ class StepCosts:
     overlap: float = 0.0
 
     def array(self) -> F64:
-        """float64[8]: in the order of WORK, then `overlap`. Raises UsageError for a cost that is negative or not finite,
-        a call that takes no time, or an overlap above 1."""
+        """float64[8]: in the order of WORK, then `overlap`. Raises UsageError for a cost that is negative or not
+        finite, a call that takes no time, or an overlap above 1."""
         values = np.array([*(getattr(self, name) for name in WORK), self.overlap], np.float64)
         if self.overlap > 1:
             raise UsageError(f"overlap {self.overlap} must be a share of the copying, from 0 to 1")

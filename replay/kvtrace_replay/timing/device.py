@@ -77,6 +77,7 @@ def measure(
     total = ways + len(plan.prefills) + len(plan.decodes)
     found: list[Measured] = []
     with torch.inference_mode():
+        bench.warm_up()
         for part in (measure_ways(torch, device, memories, quick, timer), bench.points(plan)):
             for point in part:
                 found.append(point)
@@ -149,6 +150,13 @@ class _Bench:
         self.net = Transformer(torch, model, self.layers, device, torch.bfloat16)
         self.room_bytes = self.memory_bytes - self.layers * layer_bytes - _ELEMENT_BYTES * model.head_matmul
         self.left_out: list[str] = []
+
+    def warm_up(self) -> None:
+        """A small pass of each kind: the first ever loads libraries and kernels."""
+        self.net.fill(1, 32)
+        self.timer.once(lambda: self.net.prefill(16, 16, self.layers))
+        self.net.fill(16, 17)
+        self.timer.once(lambda: self.net.decode(16, 16, self.layers))
 
     def points(self, plan: Plan) -> Iterator[Measured]:
         """Every prefill and decode that fits."""

@@ -1,6 +1,6 @@
 """Costs from steps: a non-negative fit of durations to work, and how far it is off on steps it has not seen.
 
-A duration is modelled as a sum over the work of a step (`costs.WORK`). Four things keep the fit honest:
+A duration is modelled as a sum over the work of a step (`costs.WORK`). What keeps the fit honest:
 
 - *Relative errors count.* A step's weight is 1 / (what the last round predicted)^2, so that a decode step of 1 ms says
   as much as a prefill of 300 ms. The prediction, not the measurement, is in the denominator: dividing by the
@@ -10,6 +10,7 @@ A duration is modelled as a sum over the work of a step (`costs.WORK`). Four thi
   lengthen a step, so the less they count, the more of the run's whole time is missing: `bias` tells how much.
 - *Warm-up.* The first steps of a process run slower. They are left out up to the first step from which on the median of
   WINDOW steps lies within REACH robust standard deviations of the fit; at most a tenth of the steps.
+- *Long runs* are thinned: of more than MOST_STEPS steps every second, third, ... is taken.
 - *Cross-validation in blocks.* Neighbouring steps resemble each other, so a fold is a stretch of time, not a random
   draw; each is predicted by a fit on all the others. Outliers stay in what is predicted.
 """
@@ -26,6 +27,7 @@ from kvtrace_traces.errors import KvtraceError
 
 FOLDS = 5
 LEAST_STEPS = 40
+MOST_STEPS = 100_000
 WINDOW = 16
 WARM_UP_SHARE = 0.1
 REACH = 3.0
@@ -75,9 +77,10 @@ def fit_steps(work: F64, duration_ns: F64, kind: npt.NDArray[np.int8], starts: n
     `kind`: int8[n], index into KINDS; `starts`: int64, positions at which a process began (0 among them).
     Raises KvtraceError where fewer than LEAST_STEPS steps have durations.
     """
-    timed = np.isfinite(duration_ns) & (duration_ns > 0)
-    began = np.zeros(len(timed), np.int64)
-    began[starts[starts < len(timed)]] = 1
+    timed = np.flatnonzero(np.isfinite(duration_ns) & (duration_ns > 0))
+    timed = timed[:: -(-len(timed) // MOST_STEPS) or 1]
+    began = np.zeros(len(duration_ns), np.int64)
+    began[starts[starts < len(duration_ns)]] = 1
     engine = began.cumsum()[timed]
     work, took, kind = work[timed], duration_ns[timed], kind[timed]
     if len(took) < LEAST_STEPS:

@@ -12,9 +12,6 @@ from __future__ import annotations
 import numpy as np
 
 from kvtrace_replay.schedulers.vllm_v1.layout import (
-    CLK_COSTS,
-    CLK_GAPS,
-    CLK_TIMES,
     G_CONTEXT,
     G_DEVICE,
     G_GAPS,
@@ -56,9 +53,8 @@ def start_call(g, cost):
 
 
 @njit(cache=False)
-def call_cost(p, g, req, sch, st, ends, clk, steady):
+def call_cost(p, g, req, sch, st, ends, costs, times, steady):
     """ns of the call just made: `sch` and `steady` requests more, as `schedule` left them."""
-    costs, times = clk[CLK_COSTS], clk[CLK_TIMES]
     prefill, pairs, rows, context = np.int64(0), np.int64(0), np.int64(steady), np.int64(0)
     for i in range(g[G_SCHEDULED]):
         request, tokens, before = np.int64(sch[i, 0]), np.int64(sch[i, 1]), np.int64(sch[i, 2])
@@ -82,27 +78,25 @@ def call_cost(p, g, req, sch, st, ends, clk, steady):
 
 
 @njit(cache=False, forceinline=True)
-def note_gap(g, clk, since, many):
-    gaps = clk[CLK_GAPS]
+def note_gap(g, gaps, since, many):
     gaps[g[G_GAPS], 0] = g[G_NOW] - since
     gaps[g[G_GAPS], 1] = many
     g[G_GAPS] += 1
 
 
 @njit(cache=False, forceinline=True)
-def note_token(g, clk, request):
+def note_token(g, times, gaps, request):
     """`request` has a token now."""
-    times = clk[CLK_TIMES]
     if times[request, T_FIRST] < 0:
         times[request, T_FIRST] = g[G_NOW]
     else:
-        note_gap(g, clk, times[request, T_LAST], 1)
+        note_gap(g, gaps, times[request, T_LAST], 1)
     times[request, T_LAST] = g[G_NOW]
 
 
 @njit(cache=False, forceinline=True)
-def note_steady(g, clk, many):
+def note_steady(g, gaps, many):
     """`many` steady requests have a token now, and had one at the output before."""
     if many > 0:
-        note_gap(g, clk, g[G_TOLD_LAST], many)
+        note_gap(g, gaps, g[G_TOLD_LAST], many)
     g[G_TOLD_LAST] = g[G_NOW]

@@ -74,10 +74,10 @@ A_DUE, A_LATE, A_REQUEST = range(3)
 (S_REQUESTS, S_TOKENS, S_RUNNING, S_WAITING, S_FREE, S_PREEMPTED, S_EMPTY, S_PREFILL, S_EVICTIONS) = range(9)
 S_FIELDS = 9
 
-# The clock, `clk`, a tuple of arrays: CLK_COSTS float64[7], `timing.costs.WORK`; CLK_TIMES int64[n, 4], of each
-# request, in ns, -1 where not yet; CLK_GAPS int64[capacity, 2], (ns between two tokens of a request, how many such
-# pairs); CLK_STEPS int64[capacity, 2], begin and end of each step, beside `rows`.
-CLK_COSTS, CLK_TIMES, CLK_GAPS, CLK_STEPS = range(4)
+# The clock: `costs`, float64[8], `timing.costs.StepCosts.array`; `times`, int64[n, 4], of each request, in ns, -1 where
+# not yet; `gaps`, int64[capacity, 2], (ns between two tokens of a request, how many such pairs); `step_ns`,
+# int64[capacity, 2], begin and end of each step, beside `rows`. Where nothing is timed they are of one row. They are
+# plain arguments: in a tuple they made the loop three to six times slower.
 T_ARRIVED, T_BEGUN, T_FIRST, T_LAST = range(4)
 # Calls under way: `flights`, int32[., ., 3]: (request, tokens, sampled) of those not steady, and `flight_n`,
 # int64[., 3]: how many these are, all tokens, and when the output arrives (ns).

@@ -10,9 +10,6 @@ from kvtrace_replay.schedulers.vllm_v1.layout import (
     A_DUE,
     A_LATE,
     A_REQUEST,
-    CLK_GAPS,
-    CLK_STEPS,
-    CLK_TIMES,
     DONE,
     F_END,
     F_NAMED,
@@ -129,7 +126,7 @@ def runs_dry(p, g, req, st, flight_n):
 @njit(cache=False)
 def take_arrivals(
     tag, pol, p, g, req, blk, first, table, order, come, log, arrivals, arrival_at, room, flight_n, st,
-    phases, ends, clk,
+    phases, ends, times,
 ):  # fmt: skip
     """Requests that are due arrive; where the engine idles, those of the next due step.
 
@@ -151,7 +148,7 @@ def take_arrivals(
                 return False
             log_arrival(p, log, g, arrivals, start, stop, came)
         if p[P_TIMED]:
-            clk[CLK_TIMES][request, T_ARRIVED] = came
+            times[request, T_ARRIVED] = came
         req[request, R_STATUS] = WAITING
         g[G_LIVE] += req[request, L_STOP]
         req[request, R_TOKENS] = req[request, L_PROMPT]
@@ -159,13 +156,13 @@ def take_arrivals(
         enqueue(p, g, req, order, request, False)
         g[G_ARRIVED] += 1
         if req[request, O_REASON] == ABORTED:  # before it came
-            finish(tag, pol, p, g, req, blk, first, table, order, log, st, phases, ends, clk, request, ABORTED)
+            finish(tag, pol, p, g, req, blk, first, table, order, log, st, phases, ends, times, request, ABORTED)
     return True
 
 
 @njit(cache=False)
 def take_aborts(
-    tag, pol, p, g, req, blk, first, table, order, gone, log, room, only_early, st, phases, ends, clk,
+    tag, pol, p, g, req, blk, first, table, order, gone, log, room, only_early, st, phases, ends, times,
 ):  # fmt: skip
     """Aborts that are due; where the engine idles and nobody will arrive, the next one. As `take_arrivals`."""
     due = position(p, g)
@@ -180,7 +177,7 @@ def take_aborts(
         if req[request, R_STATUS] != FINISHED and req[request, R_STATUS] != NEW:
             if p[P_LOG] and not only_early and g[G_LOG] + room > log.shape[0]:
                 return False
-            finish(tag, pol, p, g, req, blk, first, table, order, log, st, phases, ends, clk, request, ABORTED)
+            finish(tag, pol, p, g, req, blk, first, table, order, log, st, phases, ends, times, request, ABORTED)
         elif req[request, R_STATUS] == NEW:
             req[request, O_REASON] = ABORTED
         g[G_ABORTED] += 1
@@ -201,7 +198,7 @@ def next_due(g, come, gone):
 @njit(cache=False, forceinline=True)
 def take_output(
     tag, pol, p, g, req, blk, first, table, order, chain, chain_at, log, st, phases,
-    ends, clk, request, tokens, sampled,
+    ends, times, gaps, request, tokens, sampled,
 ):  # fmt: skip
     """The output of a call for one of its requests."""
     status = req[request, R_STATUS]
@@ -217,7 +214,7 @@ def take_output(
     req[request, R_TOKENS] = known
     g[G_QUIET] = 0
     if p[P_TIMED]:
-        note_token(g, clk, request)
+        note_token(g, times, gaps, request)
     if p[P_ASYNC]:
         if not stale:
             req[request, R_HOLDERS] -= 1
@@ -241,7 +238,7 @@ def take_output(
             st,
             phases,
             ends,
-            clk,
+            times,
             request,
             req[request, L_REASON],
         )
@@ -250,7 +247,7 @@ def take_output(
 @njit(cache=False, forceinline=True)
 def update(
     tag, pol, p, g, req, blk, first, table, order, chain, chain_at, log, st, phases,
-    ends, clk, flight, n,
+    ends, times, gaps, flight, n,
 ):  # fmt: skip
     """The output of a call arrives: `Scheduler.update_from_output`. `flight`: its `n` requests that are not steady, as
     (request, tokens, sampled); the steady ones, all of which stand before them, need looking at only where they end."""
@@ -261,7 +258,7 @@ def update(
         if slot >= 0:
             request, tokens, sampled = st[slot, ST_REQUEST], np.int64(1), np.int64(1)
             slot = st[slot, ST_END_NEXT]
-            leave(p, g, req, st, phases, ends, clk, request)
+            leave(p, g, req, st, phases, ends, times, request)
         elif i < n:
             request, tokens, sampled = np.int64(flight[i, 0]), np.int64(flight[i, 1]), np.int64(flight[i, 2])
             i += 1
@@ -269,17 +266,17 @@ def update(
             break
         take_output(
             tag, pol, p, g, req, blk, first, table, order, chain, chain_at, log, st,
-            phases, ends, clk, request, tokens, sampled,
+            phases, ends, times, gaps, request, tokens, sampled,
         )  # fmt: skip
     if p[P_TIMED]:
-        note_steady(g, clk, g[G_STEADY])
+        note_steady(g, gaps, g[G_STEADY])
     if g[G_LATE]:
         g[G_OUTPUTS] += 1
         g[G_QUIET] = 0
 
 
 @njit(cache=False, forceinline=True)
-def note_step(g, req, sch, rows, clk, evictions, begin, end):
+def note_step(g, req, sch, rows, step_ns, evictions, begin, end):
     at = g[G_STEP_ROWS]
     n, prefill = g[G_SCHEDULED], 0
     for i in range(n):
@@ -294,7 +291,7 @@ def note_step(g, req, sch, rows, clk, evictions, begin, end):
     rows[at, S_EMPTY] = g[G_EMPTY]
     rows[at, S_PREFILL] = prefill
     rows[at, S_EVICTIONS] = g[G_EVICTIONS] - evictions
-    clk[CLK_STEPS][at, 0], clk[CLK_STEPS][at, 1] = begin, end
+    step_ns[at, 0], step_ns[at, 1] = begin, end
     g[G_STEP_ROWS] += 1
 
 
@@ -332,7 +329,8 @@ def is_stuck(p, g, req, order, flight_n):
 @njit
 def run(
     tag, pol, p, g, req, blk, first, table, order, chain, chain_at, sch,
-    owners, come, gone, flights, flight_n, st, phases, ends, clk, rows, log, arrivals, arrival_at, room,
+    owners, come, gone, flights, flight_n, st, phases, ends, costs, times, gaps, step_ns, rows, log, arrivals,
+    arrival_at, room,
 ):  # fmt: skip
     """Run until nothing is left (DONE), nothing can go on (STUCK: `g[G_STUCK]` is the request), or buffers are full
     (FULL: take them, set `g[G_LOG]` and `g[G_STEP_ROWS]` to 0, and call again). `room`: words a call may log."""
@@ -342,22 +340,22 @@ def run(
             return FULL
         if p[P_ROWS] and g[G_STEP_ROWS] >= rows.shape[0]:
             return FULL
-        if p[P_TIMED] and g[G_GAPS] + flights.shape[1] + 1 > clk[CLK_GAPS].shape[0]:
+        if p[P_TIMED] and g[G_GAPS] + flights.shape[1] + 1 > gaps.shape[0]:
             return FULL
         due = next_due(g, come, gone)
         if (g[G_IDLE] or due <= position(p, g)) and not take_arrivals(
             tag, pol, p, g, req, blk, first, table, order, come, log, arrivals, arrival_at, room, flight_n,
-            st, phases, ends, clk,
+            st, phases, ends, times,
         ):  # fmt: skip
             return FULL
         if (g[G_IDLE] or due <= position(p, g)) and not take_aborts(
             tag, pol, p, g, req, blk, first, table, order, gone, log, room, False, st, phases,
-            ends, clk,
+            ends, times,
         ):  # fmt: skip
             return FULL
         g[G_IDLE] = 0
         if coast(
-            tag, pol, p, g, req, blk, first, table, chain, owners, log, st, phases, ends, clk, flight_n,
+            tag, pol, p, g, req, blk, first, table, chain, owners, log, st, phases, ends, costs, gaps, flight_n,
             next_due(g, come, gone),
         ):  # fmt: skip
             continue
@@ -366,20 +364,20 @@ def run(
             evictions, preemptions = g[G_EVICTIONS], g[G_PREEMPTIONS]
             schedule(
                 tag, pol, p, g, req, blk, first, table, order, chain, chain_at,
-                sch, owners, log, st, phases, ends, clk, flights, flight_n,
+                sch, owners, log, st, phases, ends, times, flights, flight_n,
             )  # fmt: skip
             begin = end_ns = g[G_NOW]
             if p[P_TIMED]:
                 begin = max(g[G_NOW], g[G_DEVICE])
                 cost = 0.0
                 if g[G_TOKENS] > 0:
-                    cost = call_cost(p, g, req, sch, st, ends, clk, g[G_STEADY_SCHEDULED])
+                    cost = call_cost(p, g, req, sch, st, ends, costs, times, g[G_STEADY_SCHEDULED])
                 end_ns = start_call(g, cost)
             send(g, req, sch, flights, flight_n, end_ns)
             calm = g[G_PREEMPTIONS] == preemptions
             if g[G_TOKENS] > 0:
                 if p[P_ROWS]:
-                    note_step(g, req, sch, rows, clk, evictions, begin, end_ns)
+                    note_step(g, req, sch, rows, step_ns, evictions, begin, end_ns)
                 g[G_EMPTY] = 0
                 g[G_PREEMPTED] = 0
                 if g[G_QUIET] > 100 + 2 * g[G_LIVE]:  # they preempt each other for ever
@@ -405,7 +403,7 @@ def run(
         if g[G_ABORTED] < gone.shape[0] and gone[g[G_ABORTED], A_DUE] <= position(p, g):
             take_aborts(
                 tag, pol, p, g, req, blk, first, table, order, gone, log, room, True, st, phases,
-                ends, clk,
+                ends, times,
             )  # fmt: skip
         g[G_FLIGHTS] -= 1
         oldest = g[G_FLIGHTS]
@@ -415,10 +413,10 @@ def run(
         late = g[G_LATE]
         update(
             tag, pol, p, g, req, blk, first, table, order, chain, chain_at, log, st,
-            phases, ends, clk, flights[oldest], flight_n[oldest, F_NAMED],
+            phases, ends, times, gaps, flights[oldest], flight_n[oldest, F_NAMED],
         )  # fmt: skip
         g[G_LATE] = 0
         if p[P_FAST] and calm and g[G_RUNNING] > g[G_STEADY]:
             unsteady = first_unsteady(g, req) if late else req[end, R_RUN_NEXT]
             if unsteady >= 0:
-                gather(p, g, req, st, phases, ends, clk, chain_at, flights, flight_n, unsteady)
+                gather(p, g, req, st, phases, ends, times, chain_at, flights, flight_n, unsteady)

@@ -132,10 +132,10 @@ def preempt(tag, pol, p, g, req, blk, first, table, order, log, st, request):
 
 
 @njit(cache=False)
-def finish(tag, pol, p, g, req, blk, first, table, order, log, st, phases, ends, clk, request, reason):
+def finish(tag, pol, p, g, req, blk, first, table, order, log, st, phases, ends, times, request, reason):
     """The request ends and gives its blocks back: `Scheduler._free_request`."""
     if req[request, R_FLAGS] & FLAG_STEADY:
-        leave(p, g, req, st, phases, ends, clk, request)
+        leave(p, g, req, st, phases, ends, times, request)
     if p[P_LOG]:
         leave_set(req, g, request)
         log_finish(log, g, request, reason, req[request, R_TOKENS] - req[request, L_PROMPT], req[request, R_BLOCKS])

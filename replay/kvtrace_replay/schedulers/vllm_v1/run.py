@@ -145,7 +145,7 @@ def run_in_pieces(
     room = _room(recorded, settings, state["gone"])
     longest = int(np.diff(word_at).max(initial=0))
     log = np.zeros(max(LOG_WORDS, 4 * room + longest) if arrival_words else 1, np.uint32)
-    g, clk = state["g"], state["clk"]
+    g = state["g"]
     rows: list[I32] = []
     gaps: list[I64] = []
     steps: list[I64] = []
@@ -156,10 +156,10 @@ def run_in_pieces(
         seconds += time.perf_counter() - begin
         if step_rows:
             rows.append(state["rows"][: g[at.G_STEP_ROWS]].copy())
-            steps.append(clk[at.CLK_STEPS][: g[at.G_STEP_ROWS]].copy())
+            steps.append(state["step_ns"][: g[at.G_STEP_ROWS]].copy())
             g[at.G_STEP_ROWS] = 0
         if costs is not None:
-            gaps.append(clk[at.CLK_GAPS][: g[at.G_GAPS]].copy())
+            gaps.append(state["gaps"][: g[at.G_GAPS]].copy())
             g[at.G_GAPS] = 0
         yield log[: g[at.G_LOG]]
         g[at.G_LOG] = 0
@@ -171,7 +171,7 @@ def run_in_pieces(
     if costs is not None:
         clock = Clock(
             duration_ns=int(g[at.G_NOW]),
-            times=clk[at.CLK_TIMES],
+            times=state["times"],
             gaps=np.concatenate(gaps),
             steps=np.concatenate(steps) if steps else np.zeros((0, 2), np.int64),
         )
@@ -262,12 +262,10 @@ def _state(
         "st": st,
         "phases": _empty_lists(settings.block_size),
         "ends": _empty_lists(1 << int(longest).bit_length()),
-        "clk": (
-            np.zeros(len(WORK)) if costs is None else costs.array(),
-            np.full((n if costs else 1, 4), -1, np.int64),
-            np.zeros((GAPS + 2 * slots if costs else 1, 2), np.int64),
-            np.zeros((STEP_ROWS if step_rows else 1, 2), np.int64),
-        ),
+        "costs": np.zeros(len(WORK) + 1) if costs is None else costs.array(),
+        "times": np.full((n if costs else 1, 4), -1, np.int64),
+        "gaps": np.zeros((GAPS + 2 * slots if costs else 1, 2), np.int64),
+        "step_ns": np.zeros((STEP_ROWS if step_rows else 1, 2), np.int64),
         "rows": np.zeros((STEP_ROWS if step_rows else 1, at.S_FIELDS), np.int32),
     }
 

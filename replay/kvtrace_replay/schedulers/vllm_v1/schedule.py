@@ -381,7 +381,7 @@ def schedule_waiting(
 @njit(cache=False, forceinline=True)
 def schedule(
     tag, pol, p, g, req, blk, first, table, order, chain, chain_at, sch,
-    owners, log, st, phases, ends, clk, flights, flight_n,
+    owners, log, st, phases, ends, times, flights, flight_n,
 ):  # fmt: skip
     """A call. Leaves what it scheduled in `sch`, `g[G_SCHEDULED]` rows of it, and `g[G_TOKENS]`; of steady requests,
     their number in `g[G_STEADY_SCHEDULED]`."""
@@ -401,7 +401,7 @@ def schedule(
             request = unsteady
             g[G_LATE] = 1
         else:
-            dissolve(p, g, req, st, phases, ends, clk, flights, flight_n)
+            dissolve(p, g, req, st, phases, ends, times, flights, flight_n)
     budget, preempted = schedule_running(
         tag, pol, p, g, req, blk, first, table, order, chain, chain_at, sch, owners,
         log, st, limit, request, budget - steady,

@@ -19,9 +19,6 @@ import numpy as np
 from kvtrace_replay.schedulers.vllm_v1.choice import remember, take_block
 from kvtrace_replay.schedulers.vllm_v1.clock import note_steady, start_call
 from kvtrace_replay.schedulers.vllm_v1.layout import (
-    CLK_COSTS,
-    CLK_GAPS,
-    CLK_TIMES,
     F_END,
     F_NAMED,
     F_TOKENS,
@@ -136,11 +133,11 @@ def delist(st, lists, at, slot, after, before):
 
 
 @njit(cache=False, forceinline=True)
-def may_enter(p, g, req, clk, request):
+def may_enter(p, g, req, times, request):
     """Whether a running request only decodes from here on, as far as it alone is concerned; between calls."""
     if req[request, R_FLAGS] & (FLAG_CHUNK | FLAG_STEADY) or req[request, R_STALE] > 0:
         return False
-    if p[P_TIMED] and clk[CLK_TIMES][request, T_LAST] != g[G_NOW]:
+    if p[P_TIMED] and times[request, T_LAST] != g[G_NOW]:
         return False  # from here on its tokens come with the others', one an output
     size, computed = p[P_BLOCK_SIZE], req[request, R_COMPUTED]
     cached = computed // size
@@ -181,7 +178,7 @@ def enter(p, g, req, st, phases, ends, chain_at, request):
 
 
 @njit(cache=False)
-def leave(p, g, req, st, phases, ends, clk, request):
+def leave(p, g, req, st, phases, ends, times, request):
     """`request` is steady no more: its row says again how far it is."""
     slot = req[request, R_SLOT]
     calls = g[G_STEADY_CALLS] - st[slot, ST_CALLS]
@@ -191,7 +188,7 @@ def leave(p, g, req, st, phases, ends, clk, request):
     req[request, R_FLAGS] &= ~FLAG_STEADY
     g[G_CONTEXT] -= req[request, R_COMPUTED] + calls
     if p[P_TIMED]:
-        clk[CLK_TIMES][request, T_LAST] = g[G_TOLD_LAST]
+        times[request, T_LAST] = g[G_TOLD_LAST]
     last, in_last_call = g[G_STEP] - 1, True
     if g[G_LATE] and st[slot, ST_SKIPS] and st[slot, ST_END] == g[G_OUTPUTS]:
         calls -= 1  # the call just made left it out
@@ -212,12 +209,12 @@ def leave(p, g, req, st, phases, ends, clk, request):
 
 
 @njit(cache=False, forceinline=True)
-def gather(p, g, req, st, phases, ends, clk, chain_at, flights, flight_n, request):
+def gather(p, g, req, st, phases, ends, times, chain_at, flights, flight_n, request):
     """Between calls: from `request` on in the running list, whoever only decodes becomes steady."""
     end = req.shape[0] - 1
     entered = False
     while request != end:
-        if may_enter(p, g, req, clk, request):
+        if may_enter(p, g, req, times, request):
             enter(p, g, req, st, phases, ends, chain_at, request)
             entered = True
         request = req[request, R_RUN_NEXT]
@@ -237,7 +234,7 @@ def drop_steady(req, flights, flight_n):
 
 
 @njit(cache=False)
-def dissolve(p, g, req, st, phases, ends, clk, flights, flight_n):
+def dissolve(p, g, req, st, phases, ends, times, flights, flight_n):
     """Between calls: nobody is steady any more, and the call under way names all its requests, in order."""
     end = req.shape[0] - 1
     named = flight_n[0, F_NAMED] if g[G_FLIGHTS] > 0 else 0
@@ -252,7 +249,7 @@ def dissolve(p, g, req, st, phases, ends, clk, flights, flight_n):
             while i < named and order_of(req, st, spare[i, 0]) < order:
                 flights[0, n] = spare[i]
                 n, i = n + 1, i + 1
-            leave(p, g, req, st, phases, ends, clk, request)
+            leave(p, g, req, st, phases, ends, times, request)
             if g[G_FLIGHTS] > 0:
                 flights[0, n, 0], flights[0, n, 1], flights[0, n, 2] = request, 1, 1
                 n += 1
@@ -374,7 +371,7 @@ def steady_call(tag, pol, p, g, req, blk, first, table, chain, owners, log, st, 
 
 
 @njit(cache=False, forceinline=True)
-def coast(tag, pol, p, g, req, blk, first, table, chain, owners, log, st, phases, ends, clk, flight_n, until):
+def coast(tag, pol, p, g, req, blk, first, table, chain, owners, log, st, phases, ends, costs, gaps, flight_n, until):
     """Make calls, up to the position `until`, as long as every running request is steady, none ends, none can be
     admitted and blocks suffice: nothing then happens but at the ends of blocks. Returns whether it made any."""
     if g[G_STEADY] == 0 or g[G_STEADY] != g[G_RUNNING] or p[P_LOG] or p[P_ROWS]:
@@ -391,17 +388,17 @@ def coast(tag, pol, p, g, req, blk, first, table, chain, owners, log, st, phases
     if p[P_BY_TIME]:
         until, due = FAR, until
     if p[P_TIMED]:
-        until = min(until, step + clk[CLK_GAPS].shape[0] - g[G_GAPS])
+        until = min(until, step + gaps.shape[0] - g[G_GAPS])
     while step < until and g[G_NOW] < due and ends[output & mask, HEAD] < 0 and phases[phase, COUNT] <= g[G_FREE]:
         steady_call(tag, pol, p, g, req, blk, first, table, chain, owners, log, st, phases, phase)
         phase = phase + 1 if phase + 1 < size else 0
         step, output = step + 1, output + 1
         if p[P_TIMED]:
-            end = start_call(g, clk[CLK_COSTS][0] + clk[CLK_COSTS][3] * g[G_STEADY] + clk[CLK_COSTS][4] * g[G_CONTEXT])
+            end = start_call(g, costs[0] + costs[3] * g[G_STEADY] + costs[4] * g[G_CONTEXT])
             if p[P_DEPTH] > 1:
                 flight_n[0, F_END], end = end, flight_n[0, F_END]
             g[G_NOW] = max(g[G_NOW], end)
-            note_steady(g, clk, g[G_STEADY])
+            note_steady(g, gaps, g[G_STEADY])
     if step == g[G_STEP]:
         return False
     g[G_STEP], g[G_OUTPUTS] = step, output
