@@ -19,12 +19,24 @@ if TYPE_CHECKING:
     from kvtrace.curves import curve
     from kvtrace.metrics import stats
     from kvtrace.replays import replay
+    from kvtrace.reports.compose import report
     from kvtrace.simulations import simulate
     from kvtrace_traces.errors import KvtraceError, UsageError
 
     __version__: str
 
-__all__ = ["KvtraceError", "Trace", "UsageError", "__version__", "curve", "open", "replay", "simulate", "stats"]
+__all__ = [
+    "KvtraceError",
+    "Trace",
+    "UsageError",
+    "__version__",
+    "curve",
+    "open",
+    "replay",
+    "report",
+    "simulate",
+    "stats",
+]
 
 _HOMES = {
     "KvtraceError": "kvtrace_traces.errors",
@@ -33,6 +45,7 @@ _HOMES = {
     "open": "kvtrace.api",
     "curve": "kvtrace.curves",
     "replay": "kvtrace.replays",
+    "report": "kvtrace.reports.compose",
     "simulate": "kvtrace.simulations",
     "stats": "kvtrace.metrics",
 }

@@ -25,6 +25,12 @@ _READING = {"SELECT", "EXPLAIN", "MULTI", "RELATION", "EXPRESSION"}  # MULTI: a 
 _ALL_TABLES = re.compile(r"\bshow\b|\binformation_schema\b|\bduckdb_\w+|\bsqlite_master\b|\bpg_\w+", re.IGNORECASE)
 
 
+# Views that take long to compute and are no larger than what they are computed from: asked for again, they are kept.
+_WORTH_KEEPING = {
+    "latencies", "misses", "preemptions", "prefixes", "read_spans", "step_phases",
+}  # fmt: skip
+
+
 class Tables(Protocol):
     """What a trace must have: its path, and a frame under the name of each table."""
 
@@ -36,14 +42,16 @@ class Database:
     """The tables of one or several traces, and the views over them, as a read-only DuckDB database.
 
     With several traces every table starts with a column `trace`: the file's name, or its path where names
-    are equal. A table is decoded when a query first names it, and then kept; a view is computed anew for each query,
-    unless `keep` names it. `unsafe` lifts the fence: queries may then write files, read others and reach the network.
+    are equal. A table is decoded when a query first names it, and then kept; a view is computed anew for each query.
+    What takes long is kept from the second query on that names it, and what `keep` names from the first. `unsafe` lifts
+    the fence: queries may then write files, read others and reach the network.
     """
 
     def __init__(self, traces: Sequence[Tables], unsafe: bool = False, keep: Sequence[str] = ()) -> None:
         self._traces = list(traces)
         self._names = distinct_names([trace.path for trace in self._traces])
         self._loaded: set[str] = set()
+        self._views: set[str] = set()  # those of them that are computed anew for each query
         self._unsafe = unsafe
         self._keep = set(keep)
         self._connection = duckdb.connect(":memory:")
@@ -64,7 +72,11 @@ class Database:
         """
         try:
             self._check(query)
-            self._load(_named_in(query))
+            named = _named_in(query)
+            if not _ALL_TABLES.search(query):  # which asks for no rows
+                for view in self._views & _WORTH_KEEPING & set(named):
+                    self._keep_rows(view)
+            self._load(named)
             return tidy(self._run(query))
         except duckdb.Error as error:
             raise _explained(error) from error
@@ -113,19 +125,33 @@ class Database:
                 continue
             if (view := views().get(table)) is None:
                 self._connection.register(table, self.frame(table.removeprefix("logged_")).to_arrow())
+            elif view.fast is not None:
+                self._connection.register(table, self._joined(list(map(view.fast, self._traces))).to_arrow())
             else:
                 self._load(view.needs)
                 sql = filled(view.sql, len(self._traces) > 1)
                 if view.make is None and table not in self._keep:
                     self._connection.execute(f"CREATE VIEW {table} AS {sql}")
+                    self._views.add(table)
                 else:
                     rows = self._run(sql)
                     self._connection.register(table, (view.make(rows) if view.make else rows).to_arrow())
             self._loaded.add(table)
 
+    def _keep_rows(self, view: str) -> None:
+        rows = self._run(f"FROM {view}").to_arrow()
+        self._connection.execute(f"DROP VIEW {view}")
+        self._connection.register(view, rows)
+        self._views.remove(view)
+
     def frame(self, table: str) -> pl.DataFrame:
         """A logged table of all traces, with the column `trace` where there are several."""
-        frames = [extra.frame(table, trace) if table in EXTRA else getattr(trace, table) for trace in self._traces]
+        return self._joined(
+            [extra.frame(table, trace) if table in EXTRA else getattr(trace, table) for trace in self._traces]
+        )
+
+    def _joined(self, frames: list[pl.DataFrame]) -> pl.DataFrame:
+        """The frames of the traces as one."""
         if len(frames) == 1:
             return frames[0]
         kind = pl.Enum(self._names)

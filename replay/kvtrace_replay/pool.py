@@ -17,6 +17,7 @@ from kvtrace_replay.schedulers.families import rules_of
 from kvtrace_traces.compile import njit
 from kvtrace_traces.errors import KvtraceError
 from kvtrace_traces.schema import BLOCK_EVENT_KINDS
+from kvtrace_traces.snapshot import Snapshot
 
 ALLOCATE, HIT, FILL, FREE, EVICT, RESET, STORE, LOAD = range(len(BLOCK_EVENT_KINDS))
 
@@ -95,7 +96,11 @@ def follow(trace: Any, engine_index: int | None = None, upto: int | None = None,
     rows = np.asarray([] if at is None else at, np.int64)
     free_counts = np.zeros(len(rows), np.int64)
     tails, lengths = np.zeros(total, np.int32), np.zeros(total, np.int32)
-    nodes = np.zeros((2, int(np.isin(kinds, (ALLOCATE, HIT)).sum()) + 1), np.int32)
+    begun = trace.snapshot(index)
+    carried = 0 if begun is None else sum(len(live.table or ()) for live in begun.live)
+    nodes = np.zeros((2, carried + int(np.isin(kinds, (ALLOCATE, HIT)).sum()) + 1), np.int32)
+    same, filled = np.zeros((2, max(1, len(chains.hashes))), np.int32), np.zeros(total, np.int32)
+    _start(state, begun, same, tails, lengths, filled, nodes)
     front = uncached_first(header)
     _follow(
         kinds,
@@ -105,7 +110,7 @@ def follow(trace: Any, engine_index: int | None = None, upto: int | None = None,
         chains.indptr,
         chains.identities,
         max(1, int(header["block_size"]) // int(header["granule"])),
-        np.zeros((2, max(1, len(chains.hashes))), np.int32),
+        same,
         lookups["request"].to_numpy(),
         lookups["tokens_asked"].to_numpy(),
         lookups["tokens_hit"].to_numpy(),
@@ -115,7 +120,9 @@ def follow(trace: Any, engine_index: int | None = None, upto: int | None = None,
         state,
         tails,
         lengths,
+        filled,
         nodes,
+        carried,
         rows,
         free_counts,
         mismatches,
@@ -124,6 +131,33 @@ def follow(trace: Any, engine_index: int | None = None, upto: int | None = None,
     if front is None:
         mismatches[C_ORDER], first[C_ORDER] = 0, -1
     return Followed(_state(state, tails, nodes), mismatches, first, free_counts)
+
+
+def _start(
+    state: NDArray[np.int32],
+    begun: Snapshot | None,
+    same: NDArray[np.int32],
+    tails: NDArray[np.int32],
+    lengths: NDArray[np.int32],
+    filled: NDArray[np.int32],
+    nodes: NDArray[np.int32],
+) -> None:
+    """Set the state to that of an idle engine, or to what a cut begins with."""
+    if begun is None:
+        _queue_up(state, np.arange(1, state.shape[1], dtype=np.int32))
+        return
+    _queue_up(state, begun.queue)
+    for block, identity in zip(begun.blocks.tolist(), begun.identities.tolist(), strict=True):
+        _remember(state, same, block, identity)
+    n = 0
+    for live in begun.live:
+        for block in live.table or ():
+            n += 1
+            nodes[0, n], nodes[1, n] = block, tails[live.request]
+            tails[live.request] = n
+            state[S_REFERENCES, block] += 1
+        lengths[live.request] = len(live.table or ())
+        filled[live.request] = live.filled
 
 
 def _counted(trace: Any, index: int, total: int, caching: bool) -> NDArray[np.bool_]:
@@ -178,6 +212,13 @@ def _put(state, block, before):  # type: ignore[no-untyped-def]
 
 
 @njit
+def _queue_up(state, blocks):  # type: ignore[no-untyped-def]
+    """Append ``blocks`` to the free queue."""
+    for block in blocks:
+        _put(state, block, state[S_PREVIOUS, 0])
+
+
+@njit
 def _forget(state, same, block):  # type: ignore[no-untyped-def]
     """The block loses its identity."""
     identity = state[S_IDENTITY, block] - 1
@@ -219,16 +260,12 @@ def _miss(mismatches, first, check, row):  # type: ignore[no-untyped-def]
 @njit
 def _follow(  # type: ignore[no-untyped-def]
     kinds, requests, blocks, identities, indptr, chains, per_block, same, looked, asked, found, counted,
-    block_size, front, state, tails, lengths, nodes, at, free_counts, mismatches, first,
+    block_size, front, state, tails, lengths, filled, nodes, n_nodes, at, free_counts, mismatches, first,
 ):  # fmt: skip
     total = state.shape[1]
-    for block in range(1, total):
-        _put(state, block, state[S_PREVIOUS, 0])
-    free = total - 1
-    n_nodes = 0
+    free = np.int64(state[S_FREE].sum())
     next_lookup = 0
     next_at = 0
-    filled = np.zeros(len(tails), np.int32)
     freed_front = 0  # where the next block without identity of the running stretch of frees goes
     freed_before = np.int64(-1)
     evicted_for = np.int64(-1)

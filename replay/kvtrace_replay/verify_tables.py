@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import polars as pl
+
+from kvtrace_traces.snapshot import Live, Snapshot
 
 
 def check(
@@ -21,19 +24,23 @@ def check(
     }
 
 
-def across(trace: Any, mine: Any) -> list[dict[str, Any]]:
-    """Checks that need block events of an exactly followed engine. ``mine(frame)``: the rows of that engine."""
+def across(trace: Any, mine: Any, begun: Snapshot | None = None) -> list[dict[str, Any]]:
+    """Checks that need block events of an exactly followed engine. ``mine(frame)``: the rows of that engine;
+    ``begun``: the state in which the trace begins."""
+    carried = [] if begun is None else begun.live
     preemptions, spans, events = mine(trace.preemptions), mine(trace.step_spans), mine(trace.block_events)
     steps, requests = mine(trace.steps), mine(trace.requests)
     return [
-        _costs(preemptions, spans, events),
-        _preempted(preemptions, steps),
-        _bounds(requests, spans),
+        _costs(preemptions, spans, events, carried),
+        _preempted(preemptions, steps, 0 if begun is None else begun.preempted),
+        _bounds(requests, spans, carried),
         _times(events, steps),
     ]
 
 
-def _costs(preemptions: pl.DataFrame, spans: pl.DataFrame, events: pl.DataFrame) -> dict[str, Any]:
+def _costs(
+    preemptions: pl.DataFrame, spans: pl.DataFrame, events: pl.DataFrame, carried: Sequence[Live]
+) -> dict[str, Any]:
     """A preemption costs the blocks given up at its time, and the tokens computed until then."""
     freed = (
         events.filter(pl.col("kind") == "free")
@@ -45,6 +52,8 @@ def _costs(preemptions: pl.DataFrame, spans: pl.DataFrame, events: pl.DataFrame)
         last=(pl.col("first_step") + pl.col("steps") - 1).cast(pl.Int32),
         computed=pl.col("computed_before") + pl.col("steps") * pl.col("tokens"),
     ).sort("last")
+    before = pl.DataFrame([(live.request, -1, live.computed) for live in carried], schema=ends.schema, orient="row")
+    ends = pl.concat([before, ends]).sort("last")
     told = preemptions.join(freed, on=["request", "time_ns"], how="left").sort("step")
     told = told.join_asof(ends, left_on="step", right_on="last", by="request", check_sortedness=False)
     wrong = told.filter(
@@ -56,23 +65,25 @@ def _costs(preemptions: pl.DataFrame, spans: pl.DataFrame, events: pl.DataFrame)
     return check("preemption costs", rule, told.height, wrong.height, first)
 
 
-def _preempted(preemptions: pl.DataFrame, steps: pl.DataFrame) -> dict[str, Any]:
+def _preempted(preemptions: pl.DataFrame, steps: pl.DataFrame, before: int) -> dict[str, Any]:
     """Steps count the preemptions since the step before; what came after the last step is in none."""
     end = steps["start_ns"].max()
     rows = preemptions.filter(pl.col("time_ns") <= end).height if end is not None else 0
-    told = int(steps["preempted"].sum())
+    told = int(steps["preempted"].sum()) - before
     rule = "the steps count as many preemptions as there are rows of them"
     return check("preempted requests", rule, rows, abs(rows - told), None)
 
 
-def _bounds(requests: pl.DataFrame, spans: pl.DataFrame) -> dict[str, Any]:
+def _bounds(requests: pl.DataFrame, spans: pl.DataFrame, carried: Sequence[Live]) -> dict[str, Any]:
     """First and last step of a request are those of its spans."""
     bounds = spans.group_by("request").agg(
         first=pl.col("first_step").min(), last=(pl.col("first_step") + pl.col("steps") - 1).max().cast(pl.Int32)
     )
     told = requests.join(bounds, on="request", how="left")
+    begun = [live.request for live in carried if live.begun]  # their first step was before
     wrong = told.filter(
-        pl.col("first_step").ne_missing(pl.col("first")) | pl.col("last_step").ne_missing(pl.col("last"))
+        (pl.col("first_step").ne_missing(pl.col("first")) & ~pl.col("request").is_in(begun))
+        | pl.col("last_step").ne_missing(pl.col("last"))
     )
     first = f"request {wrong['request'][0]}" if wrong.height else None
     rule = "a request's first and last step are those in which it was scheduled"

@@ -72,12 +72,14 @@ def unpack(version: str, cache: Path) -> Path:
 class JudgeProcess:
     """A process with one version of vLLM; `sources` is a folder from `unpack`, or None for the installed version."""
 
+    program = "judge_engine.py"
+
     def __init__(self, sources: Path | None = None) -> None:
         self._sources = sources
         answers, write_end = os.pipe()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
         env = os.environ | ENVIRONMENT | {"PYTHONPATH": str(TESTS), "VLLM_TARGET_DEVICE": "cpu", "VLLM_PLUGINS": ""}
-        command = [sys.executable, str(Path(__file__).with_name("judge_engine.py")), str(write_end)]
+        command = [sys.executable, str(Path(__file__).with_name(self.program)), str(write_end)]
         command += [] if sources is None else [str(sources)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=self._log, stderr=subprocess.STDOUT, pass_fds=[write_end], env=env
@@ -96,19 +98,24 @@ class JudgeProcess:
             "tokens": case.tokens,
             "model": model,
         }
-        assert self._process.stdin is not None
-        try:
-            pickle.dump(order, self._process.stdin)
-            self._process.stdin.flush()
-            result = pickle.load(self._answers)
-        except (BrokenPipeError, EOFError):
-            self._log.seek(0)
-            raise JudgeError(self._log.read().decode(errors="replace")[-4000:]) from None
+        result = self.ask(order)
         if result.get("error") == "endless":
             raise Endless
         if "error" in result:
             raise JudgeError(result["error"])
         return Run(**result)
+
+    def ask(self, order: dict[str, Any]) -> dict[str, Any]:
+        """The program's answer. Raises JudgeError if it died."""
+        assert self._process.stdin is not None
+        try:
+            pickle.dump(order, self._process.stdin)
+            self._process.stdin.flush()
+            answer: dict[str, Any] = pickle.load(self._answers)
+        except (BrokenPipeError, EOFError):
+            self._log.seek(0)
+            raise JudgeError(self._log.read().decode(errors="replace")[-4000:]) from None
+        return answer
 
     def close(self) -> None:
         """End the process."""

@@ -9,6 +9,7 @@ import time
 from datetime import UTC, datetime
 from typing import Any
 
+from kvtrace_tracer import offload
 from kvtrace_traces import wire
 
 TESTED_ENGINES = ("0.32.0",)
@@ -81,6 +82,7 @@ def describe(scheduler: Any, granule: int) -> dict[str, Any]:
             "pipeline": _plain(getattr(parallel, "pipeline_parallel_size", 1)),
             "data": _plain(getattr(parallel, "data_parallel_size", 1)),
         },
+        "offload": offload.describe(scheduler),
         "inexact": _inexact(scheduler, groups, version),
     }
 

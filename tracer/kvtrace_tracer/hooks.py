@@ -59,6 +59,7 @@ class Hooks:
         self.keyed = keyed
         self.state = State(header["clock_monotonic_ns"])
         self.block_size: int = header["block_size"]
+        self.block_bytes: int | None = header["bytes_per_block"]
         self.clock_ns: int = header["clock_monotonic_ns"]
         self.full_sets = "speculative-decoding" in header["inexact"]
         self.priority = str(header["scheduler"]["policy"]) == "priority"
@@ -76,6 +77,10 @@ class Hooks:
             else:
                 from kvtrace_tracer.blocks_explicit import install
             install(self)
+            if header["offload"] is not None:
+                from kvtrace_tracer import offload
+
+                offload.install(self)
             self.frame()
         except BaseException:
             self.remove()

@@ -30,17 +30,18 @@ class State:
     ``special``: ids in ``last`` with another number of tokens than one; ``gone``: ids finished or preempted since;
     ``looked``: ids looked up in this call; ``pending``: first block of each allocation whose owner is not told yet (it
     is not among ``Log.events`` so far); ``steps``: scheduler outputs without a model output, oldest first; ``time``:
-    the clock at the last BEGIN or OUTPUT.
+    the clock at the last BEGIN or OUTPUT; ``transfers``: number of the next transfer to or from a slower tier.
     """
 
     __slots__ = (
         "admitted", "entries", "gone", "ids", "last", "looked", "pending", "phase", "requests", "running", "special",
-        "step", "steps", "time", "waiting",
+        "step", "steps", "time", "transfers", "waiting",
     )  # fmt: skip
 
     def __init__(self, time: int) -> None:
         self.entries: dict[str, Entry] = {}
         self.requests = 0
+        self.transfers = 0
         self.last: dict[str, int] = {}
         self.ids: list[str] | None = None
         self.special: list[str] = []

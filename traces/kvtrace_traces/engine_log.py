@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtrace_traces import content, rows, survey, wire
+from kvtrace_traces import content, rows, snapshot, survey, wire
 from kvtrace_traces import events as play
 from kvtrace_traces.errors import KvtraceError
 from kvtrace_traces.scan import COMPLETE, OPEN
 from kvtrace_traces.schema import INEXACT
 from kvtrace_traces.segments import Segment
+from kvtrace_traces.snapshot import Snapshot
 
 MOST_UNSEEN = 1 << 20
 """Requests that a log may claim beyond what its bytes can hold: a missing segment may have named so many."""
@@ -221,6 +222,12 @@ class EngineLog:
             self._decoded = self._decode()
         return self._decoded
 
+    def snapshot(self) -> Snapshot | None:
+        """The state that a cut begins with; None for a log that begins with an idle engine."""
+        if "cut" not in self.header:
+            return None
+        return snapshot.read(self._words, self._starts, self._stops, self.decode().chains.hashes)
+
     def _chains(self) -> tuple[NDArray[np.bool_], Chains, NDArray[np.int32]]:
         counts = self._counts
         total, many = int(counts[survey.N_REQUESTS]), int(counts[survey.N_CHAIN])
@@ -258,12 +265,13 @@ class EngineLog:
             detail = "events whose blocks only the missing part of the log names"
             self.losses.append(Loss("gap", None, None, lost, detail))
         steps, spans, looked = made[play.N_STEPS], made[play.N_SPANS], made[play.N_LOOKUPS]
-        preempted, n = made[play.N_PREEMPTIONS], made[play.N_EVENTS]
+        preempted, n, moves = made[play.N_PREEMPTIONS], made[play.N_EVENTS], made[play.N_MOVES]
         return Decoded(known, rows.Rows(
             out.requests32[:, :total], out.requests64[:, :total], out.id_bytes,
             out.steps32[:, :steps], out.steps64[:, :steps], out.spans[:, :spans], out.lookups[:, :looked],
             out.preemptions[:, :preempted], out.preempted_at[:preempted],
             out.events[:, :n], out.times[:n], out.kinds[:n], out.groups[:n], out.types, out.type_bytes,
+            out.moves32[:, :moves], out.moves64[:, :moves],
         ), chains)  # fmt: skip
 
 
@@ -275,6 +283,7 @@ def _empty_rows(counts: NDArray[np.int64]) -> rows.Rows:
     requests32[rows.R_ID_BYTES] = 0
     requests64[rows.R_TENANT] = 0
     steps, preemptions = int(counts[survey.N_STEPS]), int(counts[survey.N_PREEMPTIONS])
+    transfers = int(counts[survey.N_TRANSFERS])
     # Each reference is made, filled and given up at most once, and evicts at most one identity.
     events = 4 * references + int(counts[survey.N_EXPLICIT]) + int(counts[survey.N_MOVES]) + 1
     return rows.Rows(
@@ -286,6 +295,7 @@ def _empty_rows(counts: NDArray[np.int64]) -> rows.Rows:
         np.empty((4, events), np.int32), np.empty(events, np.int64),
         np.empty(events, np.uint8), np.empty(events, np.int16),
         np.empty((3, int(counts[survey.N_TYPES])), np.int32), np.empty(int(counts[survey.N_TYPE_BYTES]), np.uint8),
+        np.empty((7, transfers), np.int32), np.empty((5, transfers), np.int64),
     )  # fmt: skip
 
 

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from kvtrace_traces.carried import carry
 from kvtrace_traces.compile import njit
 from kvtrace_traces.played import (
     C_CONTEXT, C_DUE, C_EMPTY, C_EPOCH, C_EVENTS, C_INSIDE, C_LOOKUPS, C_LOST, C_NODES, C_OUTPUT, C_OWNER_AT, C_OWNERS,
-    C_PREEMPTIONS, C_REQUESTS, C_SET, C_SPANS, C_STEPS, C_TIME, C_WHOLE, C_CALL, NODE_BLOCK, NODE_NEXT, NODE_PREVIOUS,
-    PER_REQUEST, Q_ASKED, Q_FILL, Q_FILLED, Q_FOUND, Q_KNOWN, Q_LOOKED, Q_TAIL, SCALARS, add_block, held,
+    C_MOVES, C_PREEMPTIONS, C_REQUESTS, C_SET, C_SPANS, C_STEPS, C_TIME, C_WHOLE, C_CALL, NODE_BLOCK, NODE_NEXT,
+    NODE_PREVIOUS, PER_REQUEST, Q_ASKED, Q_FILL, Q_FILLED, Q_FOUND, Q_KNOWN, Q_LOOKED, Q_TAIL, SCALARS, add_block, held,
     identity_of, leave, now_step, preempt, row,
 )  # fmt: skip
 from kvtrace_traces.rare import arrive, extended, resume
@@ -32,7 +33,7 @@ from kvtrace_traces.survey import (
 
 #: Where the counts stand that :func:`play` returns.
 N_STEPS, N_SPANS, N_LOOKUPS, N_PREEMPTIONS = C_STEPS, C_SPANS, C_LOOKUPS, C_PREEMPTIONS
-N_EVENTS, N_LOST, N_EMPTY_AFTER = C_EVENTS, C_LOST, C_EMPTY
+N_EVENTS, N_LOST, N_EMPTY_AFTER, N_MOVES = C_EVENTS, C_LOST, C_EMPTY, C_MOVES
 
 
 @njit
@@ -152,8 +153,12 @@ def play(
                     resumed = False
             elif op == 15 and operand & 255 == X_REQ:
                 arrive(words, at, state, requests32, requests64, id_bytes)
+            elif op == 15 and carry(
+                words, at, n, operand & 255, state, per, members, nodes, holds, explicit_ids, requests32
+            ):
+                pass
             elif op == 15:
-                extended(words, at, n, state, per, members, holds, explicit_ids, out)
+                extended(words, at, n, state, per, members, holds, explicit_ids, indptr, chains, per_block, out)
             at += n
     while state[C_SET] > 0:
         leave(state, per, members, spans, requests32, np.int64(members[state[C_SET] - 1]))

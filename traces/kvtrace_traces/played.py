@@ -15,7 +15,8 @@ from kvtrace_traces.rows import (
 # Scalars, in one array so that helpers can change them. The first seven are what the pass returns.
 (C_STEPS, C_SPANS, C_LOOKUPS, C_PREEMPTIONS, C_EVENTS, C_LOST, C_EMPTY, C_TIME, C_STEP, C_TOKENS, C_SET, C_NODES,
  C_EPOCH, C_WHOLE, C_INSIDE, C_CALL, C_BEGUN, C_RUNNING, C_WAITING, C_SPECIAL, C_PREEMPTED, C_REQUESTS, C_OUTPUT,
- C_DUE, C_ID_AT, C_EXPLICIT_AT, C_CONTEXT, C_OWNERS, C_OWNER_AT, C_TYPES, SCALARS) = range(31)  # fmt: skip
+ C_DUE, C_ID_AT, C_EXPLICIT_AT, C_CONTEXT, C_OWNERS, C_OWNER_AT, C_TYPES, C_MOVES,
+ SCALARS) = range(32)  # fmt: skip
 # Per request: membership of the scheduled set, its open span, its block table, when that was last known whole, and
 # its last lookup.
 (Q_PLACE, Q_START, Q_TOKENS, Q_COMPUTED, Q_STAMP, Q_TAIL, Q_FILL, Q_FILLED, Q_KNOWN, Q_LOOKED, Q_ASKED, Q_FOUND,
@@ -58,7 +59,7 @@ def leave(state, per, members, spans, requests32, r):
     spans[P_TOKENS, n] = per[Q_TOKENS, r]
     spans[P_COMPUTED, n] = per[Q_COMPUTED, r]
     state[C_SPANS] = n + 1
-    if requests32[R_FIRST, r] < 0:
+    if requests32[R_FIRST, r] == -1:  # else it began here, or before the trace (`carried`)
         requests32[R_FIRST, r] = per[Q_START, r]
     requests32[R_LAST, r] = state[C_STEP] - 1
 

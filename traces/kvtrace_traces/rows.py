@@ -23,6 +23,9 @@ L_STEP, L_REQUEST, L_ASKED, L_HIT, L_AFTER = range(5)
 V_STEP, V_REQUEST, V_BLOCKS, V_TOKENS = range(4)
 E_STEP, E_REQUEST, E_BLOCK, E_IDENTITY = range(4)
 T_NUMBER, T_AT, T_BYTES = range(3)  # names of types
+# Rows of the int32 and int64 arrays of transfers.
+M_STEP, M_REQUEST, M_KIND, M_TIER, M_BLOCKS, M_TOKENS, M_DONE_STEP = range(7)
+M_NUMBER, M_TIME, M_BYTES, M_DONE, M_COPY = range(5)
 
 
 class Rows(NamedTuple):
@@ -47,3 +50,5 @@ class Rows(NamedTuple):
     groups: NDArray[np.int16]
     types: NDArray[np.int32]
     type_bytes: NDArray[np.uint8]
+    moves32: NDArray[np.int32]
+    moves64: NDArray[np.int64]

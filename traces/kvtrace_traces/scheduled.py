@@ -79,7 +79,7 @@ def end_call(words, at, state, per, members, special, spans, requests32, steps32
         else:
             enter(state, per, members, r, tokens, computed)
             if per[Q_LOOKED, r] == call:
-                _looked_up(state, per, requests32, lookups, r)
+                looked_up(state, per, requests32, lookups, r, 0)
     if flags & SCHED_FULL:
         i = state[C_SET] - 1
         while i >= 0:
@@ -109,11 +109,12 @@ def end_call(words, at, state, per, members, special, spans, requests32, steps32
 
 
 @njit
-def _looked_up(state, per, requests32, lookups, r):
-    """Write the lookup with which ``r`` was admitted; one that was not made counts for ``cached_tokens`` alone."""
+def looked_up(state, per, requests32, lookups, r, loaded):
+    """Write the lookup with which ``r`` was admitted; one that was not made counts for ``cached_tokens`` alone, as do
+    ``loaded`` tokens that a slower tier has."""
     found = per[Q_FOUND, r]
     if requests32[R_CACHED, r] < 0:
-        requests32[R_CACHED, r] = max(found - 1, 0)
+        requests32[R_CACHED, r] = max(found - 1, 0) + loaded
     if found <= 0:
         return
     n = state[C_LOOKUPS]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 FORMAT_MAJOR = 1
-FORMAT_MINOR = 1
+FORMAT_MINOR = 2
 
 
 class Column(NamedTuple):
@@ -77,7 +77,15 @@ INEXACT = {
     "prompt-embeddings": "prompts given as embeddings have no identity of the tracer's own",
     "untested-engine": "this engine version, or scheduler class, was never checked against the tracer",
     "attached-late": "recording began while requests were under way",
+    "carried-state": "it was cut out of a longer trace, and begins with a snapshot of a run under way",
+    "chosen-requests": "it was cut down to some of the requests; what the others did to the cache is not in it",
 }
+
+#: Flags of LIVE.
+LIVE_RUNNING = 1  # else it waits
+LIVE_SCHEDULED = 2  # it is in the scheduled set
+LIVE_TABLE = 4  # its blocks are known; else they are not, as where recording began late
+LIVE_BEGUN = 8  # it was scheduled before
 
 #: Flags of a request in the log.
 REQUEST_NO_READ = 1  # the request asked not to read the prefix cache
@@ -204,6 +212,24 @@ TABLES: dict[str, Table] = {
             ),
         ),
         Table(
+            "offloads",
+            "one row per transfer of blocks to a slower tier or back, in the order they were begun",
+            (
+                _ENGINE,
+                _STEP,
+                Column("time_ns", "i64", "ns", "begin of the scheduler call that planned it"),
+                Column("request", "i32", "request", "the request whose blocks they are", True),
+                Column("kind", "enum:block_event", "", "`store` to the slower tier, `load` from it"),
+                Column("tier", "i16", "index", "the slower tier: 1 is the host's memory, or the only one there is"),
+                Column("blocks", "i32", "blocks", "blocks copied"),
+                Column("bytes", "i64", "bytes", "keys and values copied, as the worker counts if it says so"),
+                Column("tokens", "i32", "tokens", "of a load: tokens that the request need not compute", True),
+                Column("done_step", "i32", "step", "the last step begun when the scheduler heard of its end", True),
+                Column("done_ns", "i64", "ns", "when the scheduler heard of its end", True),
+                Column("copy_ns", "i64", "ns", "time it took, where the worker says it of this transfer alone", True),
+            ),
+        ),
+        Table(
             "losses",
             "one row per stretch of the log that is missing",
             (
@@ -304,7 +330,54 @@ EXT_OPS: dict[str, Op] = {
             "request, *(n, time u64)",
             "an import: from this one on, n requests arrived at time, and so on",
         ),
+        Op(
+            "MOVE",
+            19,
+            "",
+            "number, request, kind + 256 * tier, tokens, first, bytes u64, *block",
+            "a transfer begins: its number, greater than those before; kind 0: store, 1: load; tokens that a load "
+            "spares its request; first: place of the first block in the request's table if they are its blocks in "
+            "order, else 2^32-1",
+        ),
+        Op(
+            "MOVED",
+            20,
+            "",
+            "number, time u64, bytes u64, ns u64",
+            "the scheduler heard that a transfer has ended; bytes copied and time taken, 2^64-1 for what is not told",
+        ),
+        Op(
+            "START",
+            21,
+            "",
+            "preempted, empty calls",
+            "a cut: what follows before the first BEGIN is the state of a run under way. So many requests were "
+            "preempted and so many calls made no step since the last one; the free queue is empty until QUEUE",
+        ),
+        Op(
+            "LIVE",
+            22,
+            "",
+            "request, flags, tokens computed, cached tokens + 1 or 0, preemptions, filled, *block",
+            "a cut: a request that was under way, its first filled blocks cached. Running ones first, in the order of "
+            "their queue; then those that wait",
+        ),
+        Op(
+            "KEPT",
+            23,
+            "",
+            "*(block, identity u64, parent u64)",
+            "a cut: cached blocks, in the order in which they were filled; parent is the identity of the block "
+            "before, 0 for none",
+        ),
+        Op("QUEUE", 24, "", "*block", "a cut: the free queue goes on with these blocks"),
     )
 }
+
+MOVE_STORE, MOVE_LOAD = 0, 1
+"""Kinds of MOVE, in the low byte of its third word."""
+
+NOT_TOLD = 0xFFFFFFFFFFFFFFFF
+"""What MOVED has for a figure that the engine does not tell."""
 
 NO_REQUEST = 0xFFFFFFFF

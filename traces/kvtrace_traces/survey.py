@@ -21,16 +21,18 @@ X_TIME, X_REQ, X_OWN, X_RESET, X_EVICT = (EXT_OPS[n].code for n in ("TIME", "REQ
 X_SKIP, X_INEXACT, X_ALLOC, X_HIT, X_FILL = (EXT_OPS[n].code for n in ("SKIP", "INEXACT", "ALLOCX", "HITX", "FILLX"))
 X_FREE, X_IDS, X_STORE, X_LOAD, X_LOST = (EXT_OPS[n].code for n in ("FREEX", "IDS", "STORE", "LOAD", "LOST"))
 X_TYPE, X_ABOUT, X_WHEN = (EXT_OPS[n].code for n in ("TYPE", "ABOUT", "WHEN"))
+X_MOVE, X_MOVED = (EXT_OPS[n].code for n in ("MOVE", "MOVED"))
+X_START, X_LIVE, X_KEPT, X_QUEUE = (EXT_OPS[n].code for n in ("START", "LIVE", "KEPT", "QUEUE"))
 REQ_WORDS = 12  # fixed part of EXT REQ
 KEY_WORDS = 10  # fixed part of KEY; the last says how many HELD entries there are
 
 COUNTS = (
     "requests", "id_bytes", "chain", "steps", "entries", "lookups", "preemptions", "references", "explicit", "moves",
-    "owners", "logged", "inexact", "first_logged", "key_events_lost", "types", "type_bytes",
+    "owners", "logged", "inexact", "first_logged", "key_events_lost", "types", "type_bytes", "transfers",
 )  # fmt: skip
 (
     N_REQUESTS, N_ID_BYTES, N_CHAIN, N_STEPS, N_ENTRIES, N_LOOKUPS, N_PREEMPTIONS, N_REFERENCES, N_EXPLICIT, N_MOVES,
-    N_OWNERS, N_LOGGED, N_INEXACT, N_FIRST_LOGGED, N_KEY_LOST, N_TYPES, N_TYPE_BYTES,
+    N_OWNERS, N_LOGGED, N_INEXACT, N_FIRST_LOGGED, N_KEY_LOST, N_TYPES, N_TYPE_BYTES, N_TRANSFERS,
 ) = range(len(COUNTS))  # fmt: skip
 
 
@@ -103,7 +105,7 @@ def survey(words, starts, stops, keys, gaps, use, capacity_requests, num_blocks)
     nothing missing in between. Returns ``COUNTS`` (int64) and how many commits were malformed: a frame after a gap
     that is older than what was read before it (a part of the file that stands there twice) is one of them.
     """
-    counts = np.zeros(17, np.int64)
+    counts = np.zeros(18, np.int64)
     malformed = 0
     live = False  # the state that operations are relative to is known
     fresh = True  # nothing was read yet
@@ -247,13 +249,17 @@ def survey(words, starts, stops, keys, gaps, use, capacity_requests, num_blocks)
                     for i in range((size - 2) // 3):
                         if np.int64(words[at + 3 + 3 * i]) >= bound:
                             good = False
-                elif code == X_STORE or code == X_LOAD:
-                    good = size >= 6
-                    counts[N_MOVES] += size - 6
-                    logged += size - 6
-                    for i in range(at + 7, at + n):
+                elif code == X_STORE or code == X_LOAD or code == X_MOVE:
+                    fixed = 7 if code == X_MOVE else 6
+                    good = size >= fixed
+                    counts[N_TRANSFERS] += 1
+                    counts[N_MOVES] += size - fixed
+                    logged += size - fixed
+                    for i in range(at + 1 + fixed, at + n):
                         if np.int64(words[i]) >= bound:
                             good = False
+                elif code == X_MOVED:
+                    good = size == 7
                 elif code == X_LOST:
                     counts[N_PREEMPTIONS] += 1
                     good = size == 3 and np.int64(words[at + 1]) < requests
@@ -263,6 +269,26 @@ def survey(words, starts, stops, keys, gaps, use, capacity_requests, num_blocks)
                         counts[N_INEXACT] |= np.int64(1) << np.int64(words[at + 1])
                 elif code == X_SKIP:
                     good = size == 1
+                elif code == X_START:
+                    good = size == 2
+                elif code == X_LIVE:
+                    good = size >= 6 and np.int64(words[at + 1]) < requests
+                    good = good and np.int64(words[at + 6]) <= size - 6
+                    counts[N_ENTRIES] += 1
+                    counts[N_REFERENCES] += size - 6
+                    for i in range(at + 7, at + n):
+                        if np.int64(words[i]) >= bound:
+                            good = False
+                elif code == X_KEPT:
+                    good = size % 5 == 0
+                    counts[N_CHAIN] += size // 5
+                    for i in range(size // 5):
+                        if np.int64(words[at + 1 + 5 * i]) >= bound:
+                            good = False
+                elif code == X_QUEUE:
+                    for i in range(at + 1, at + n):
+                        if np.int64(words[i]) >= bound:
+                            good = False
                 elif code == X_TYPE:
                     good = (
                         size >= 2 and np.int64(words[at + 2]) <= 4 * (size - 2) and words[at + 1] < np.uint32(1 << 31)
@@ -355,6 +381,8 @@ def gather(words, starts, stops, gaps, use, known, length, owner, hashes):
                         count += 1
                 elif code == X_FILL:
                     first, many, stride, request = at + 4, (n - 3) // 3, 3, np.int64(-1)
+                elif code == X_KEPT:
+                    first, many, stride, request = at + 2, (n - 1) // 5, 5, np.int64(-1)
             if many > 0 and (request < 0 or (known[request] and not broken[request])):
                 for i in range(many):
                     j = first + stride * i

@@ -15,6 +15,7 @@ from kvtrace_traces.engine_log import Chains, Decoded, EngineLog
 from kvtrace_traces.errors import KvtraceError, UsageError
 from kvtrace_traces.schema import FINISH_REASONS, LOSS_REASONS, REQUEST_NO_READ
 from kvtrace_traces.segments import Segment, never_begun, open_segment
+from kvtrace_traces.snapshot import Snapshot
 
 RECOVERY = ("strict", "tail", "skip")
 MOST_ROWS = 1 << 31  # what memory takes; spans grow with the file, the steps in them do not
@@ -115,6 +116,10 @@ class Trace:
     def chains(self, engine_index: int | None = None) -> Chains:
         """The identities of an engine's requests (default: the first engine's)."""
         return self._log(engine_index).decode().chains
+
+    def snapshot(self, engine_index: int | None = None) -> Snapshot | None:
+        """The state that an engine of a cut begins with; None where the log begins with an idle engine."""
+        return self._log(engine_index).snapshot()
 
     def raw_ids(self, engine_index: int | None = None) -> Any:
         """int32, parallel to ``chains().identities``: dense ids of an import whose ids name content; else None."""
@@ -228,6 +233,11 @@ class Trace:
     def block_events(self) -> pl.DataFrame:
         """One row per block event, in the order they happened."""
         return self._frames("block_events", _block_events)
+
+    @cached_property
+    def offloads(self) -> pl.DataFrame:
+        """One row per transfer of blocks to a slower tier or back."""
+        return self._frames("offloads", _offloads)
 
     @cached_property
     def losses(self) -> pl.DataFrame:
@@ -350,6 +360,23 @@ def _preemptions(decoded: Decoded) -> dict[str, Any]:
         "request": table[rows.V_REQUEST],
         "blocks_lost": table[rows.V_BLOCKS],
         "tokens_lost": table[rows.V_TOKENS],
+    }
+
+
+def _offloads(decoded: Decoded) -> dict[str, Any]:
+    small, large = decoded.rows.moves32, decoded.rows.moves64
+    return {
+        "step": small[rows.M_STEP],
+        "time_ns": large[rows.M_TIME],
+        "request": small[rows.M_REQUEST],
+        "kind": small[rows.M_KIND].astype(np.uint8),
+        "tier": small[rows.M_TIER],
+        "blocks": small[rows.M_BLOCKS],
+        "bytes": large[rows.M_BYTES],
+        "tokens": small[rows.M_TOKENS],
+        "done_step": small[rows.M_DONE_STEP],
+        "done_ns": large[rows.M_DONE],
+        "copy_ns": large[rows.M_COPY],
     }
 
 

@@ -17,7 +17,7 @@ _NAMED = {
     EXT_OPS[name].code: layout
     for name, layout in {
         "EVICT": (0, 1), "ALLOCX": (2, 1), "HITX": (2, 1), "FREEX": (2, 1), "FILLX": (2, 3), "STORE": (6, 1),
-        "LOAD": (6, 1),
+        "LOAD": (6, 1), "MOVE": (7, 1),
     }.items()
 }  # fmt: skip
 

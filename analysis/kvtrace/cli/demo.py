@@ -28,7 +28,7 @@ def command(path: Path | None) -> int:
     """
     import kvtrace
     from kvtrace import people, samples
-    from kvtrace.report import demo
+    from kvtrace.reports import demo
 
     (trace,) = open_traces([path or samples.path("thrash")])
     if len(trace.engines) > 1:

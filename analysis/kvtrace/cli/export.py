@@ -35,6 +35,7 @@ def command(format_: str, trace: Path, out: Path, force: bool) -> int:
     `parquet` makes a folder with one file per table, and views.sql, which makes the views in a DuckDB of your own.
     `csv`, `mooncake` and `oracle-general` write the references of one engine: which blocks each request looked up,
     in order of arrival.
+    `perfetto` writes a timeline for ui.perfetto.dev (OUT.json or OUT.json.gz): requests, steps, counters.
     """
     from kvtrace_traces import exporters
 

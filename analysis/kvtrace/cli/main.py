@@ -26,8 +26,13 @@ SECTIONS = {
     "Look": {
         "info": "Show what a trace holds, and whether anything is missing.",
         "verify": "Check a trace against itself: exit code 0 only without a mismatch.",
+        "report": "Write one HTML page on what a trace tells.",
+        "plot": "Draw one chart of the report.",
         "stats": "Figures of a trace: hits, use of the cache, reuse, speed, latency.",
+        "top": "Watch a trace that is still being written.",
+        "diff": "Compare two runs of the same requests: what changed, and why.",
         "sql": "Ask a trace questions in SQL (DuckDB's dialect, read-only).",
+        "advise": "Advice on a deployment: what replays of its trace say, with figures.",
     },
     "Replay": {
         "replay": "Replay a trace's lookups in caches of other sizes and policies.",
@@ -39,6 +44,7 @@ SECTIONS = {
     "Exchange": {
         "import": "Turn another tool's trace into a .kvt file.",
         "export": "Write a trace in another tool's format.",
+        "cut": "Write a part of a trace as a trace of its own.",
     },
     "Start here": {
         "demo": "Show what kvtrace does, on a bundled trace.",

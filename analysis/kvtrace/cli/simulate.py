@@ -185,10 +185,8 @@ def command(
             raise UsageError("--pageable and --swap-overlap are of --engine vllm-v0, the engine that swaps")
         found = simulate_trace(trace, settings, engine=engine, **shared)
         output.facts(*facts(trace, found, "block_size" in settings and "num_blocks" not in settings))
-    if found.timing is None:
-        shown = SHOWN_V0 if old else SHOWN
-    else:
-        shown = SHOWN_V0_TIMED if old else SHOWN_TIMED
+    bare, timed = (SHOWN_V0, SHOWN_V0_TIMED) if old else (SHOWN, SHOWN_TIMED)
+    shown = bare if found.timing is None else timed
     output.table(found.frame(), Style(columns=(*found.varied(), *shown)))
     if per_request is not None:
         write_table(found.per_request(), per_request, output.force)

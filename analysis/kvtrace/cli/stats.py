@@ -11,11 +11,17 @@ import click
 from kvtrace.cli.examples import examples
 from kvtrace.cli.output import Output, note, output_options
 from kvtrace.cli.traces import TRACE, exit_code, open_traces
+from kvtrace_traces.errors import UsageError
 
 if TYPE_CHECKING:
     import polars as pl
 
 FAILED = 1
+# Of the figures by group, those that people see; --json, --csv and --parquet have them all.
+_SHOWN = (
+    "requests", "prompt_tokens", "output_tokens", "token_hit_ratio", "cold_miss_ratio", "capacity_miss_ratio",
+    "preemption_miss_ratio", "preemptions", "ttft_p50_s", "ttft_p99_s", "itl_p50_s", "e2e_p50_s", "e2e_p99_s",
+)  # fmt: skip
 
 
 @click.command(
@@ -28,8 +34,13 @@ FAILED = 1
 @click.argument("path", type=TRACE, metavar="TRACE")
 @click.option("--fail-if", "conditions", multiple=True, metavar="CONDITION",
               help='Exit with code 1 where this holds: "token_hit_ratio<0.4" (or <40%). Repeatable.')  # fmt: skip
+@click.option(
+    "--by", metavar="WHAT", help="Key figures by group: tenant (LoRA adapter and salt), client, priority, type, turn."
+)
+@click.option("--client-pattern", metavar="REGEX",
+              help="With --by client: the client is this pattern's group in the request id.")  # fmt: skip
 @output_options
-def command(path: Path, conditions: tuple[str, ...], output: Output) -> int:
+def command(path: Path, conditions: tuple[str, ...], by: str | None, client_pattern: str | None, output: Output) -> int:
     """Figures of a trace: hits, use of the cache, reuse, speed, latency.
 
     What a trace cannot know is null, with the reason beside it (`why`).
@@ -37,6 +48,12 @@ def command(path: Path, conditions: tuple[str, ...], output: Output) -> int:
     from kvtrace.metrics import stats
     from kvtrace.metrics.conditions import condition, failures
 
+    if client_pattern is not None and by != "client":
+        raise UsageError("--client-pattern says what a client is: it goes with --by client")
+    if by is not None:
+        if conditions:
+            raise UsageError("--fail-if asks for figures of the whole trace: leave --by out")
+        return _by(path, by, client_pattern, output)
     asked = [condition(text) for text in conditions]
     traces = open_traces([path])
     frame = stats(traces[0])
@@ -49,6 +66,23 @@ def command(path: Path, conditions: tuple[str, ...], output: Output) -> int:
     for line in said:
         note(f"failed: {line}")
     return FAILED if said else exit_code(traces)
+
+
+def _by(path: Path, by: str, client_pattern: str | None, output: Output) -> int:
+    """A row for each group of requests."""
+    from kvtrace import people
+    from kvtrace.metrics.grouped import grouped
+
+    traces = open_traces([path])
+    frame = grouped(traces[0], by, client_pattern)
+    if output.kind == "people":
+        shown = [by, *_SHOWN] if frame["engine_index"].n_unique() < 2 else ["engine_index", by, *_SHOWN]
+        known = [name for name in shown if name == by or frame[name].null_count() < frame.height]
+        cells = {name: people.seconds for name in known if name.endswith("_s")}
+        output.table(frame, people.Style(columns=known, cells=cells))
+    else:
+        output.table(frame)
+    return exit_code(traces)
 
 
 def page(frame: pl.DataFrame) -> Iterator[str]:

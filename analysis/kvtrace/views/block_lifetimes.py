@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import polars as pl
+
 from kvtrace.views.declare import ENGINE, EVENTS, View
 from kvtrace_traces.schema import Column
+
+
+def _fast(trace: Any) -> pl.DataFrame:
+    from kvtrace.views.fast_lifetimes import lifetimes  # brings Numba
+
+    return lifetimes(trace)
+
 
 VIEW = View(
     "block_lifetimes",
@@ -67,4 +78,5 @@ SELECT {{key}}, block, identity, request, fill_step, fill_ns, uses, first_use_ns
        CASE WHEN frees = uses + 1 THEN evict_ns - last_free_ns END AS idle_ns
 FROM dated
 """,
+    fast=_fast,
 )

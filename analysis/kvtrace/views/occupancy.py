@@ -8,8 +8,19 @@ tokens is what is wasted, each block counted once.
 
 from __future__ import annotations
 
+from typing import Any
+
+import polars as pl
+
 from kvtrace.views.declare import ENGINE, EVENTS, STEP, View, column
 from kvtrace_traces.schema import Column
+
+
+def _fast(trace: Any) -> pl.DataFrame:
+    from kvtrace.views.fast_occupancy import occupancy  # brings Numba
+
+    return occupancy(trace)
+
 
 VIEW = View(
     "occupancy",
@@ -88,4 +99,5 @@ SELECT {{key}}, step, start_ns, used, cached_idle, free, holds,
        CASE WHEN exact AND wasted BETWEEN 0 AND used * block_size THEN wasted END AS wasted_slots
 FROM known
 """,
+    fast=_fast,
 )  # fmt: skip

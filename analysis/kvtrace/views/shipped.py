@@ -11,6 +11,7 @@ from typing import Any
 
 from kvtrace.sql import Database
 from kvtrace.views import EXTRA, extra, filled, source_of, views
+from kvtrace_traces.exporters.parquet import slices, write_pieces
 from kvtrace_traces.schema import TABLES
 
 NAME = "views.sql"
@@ -43,5 +44,5 @@ def write(trace: Any, folder: Path) -> None:
     database = Database([trace])
     for view in views().values():
         if view.make is not None:
-            database.query(f"SELECT * FROM {view.name}").write_parquet(folder / f"{view.name}.parquet")
+            write_pieces(slices(database.query(f"FROM {view.name}")), folder / f"{view.name}.parquet")
     (folder / NAME).write_text(script())

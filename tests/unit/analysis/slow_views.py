@@ -238,19 +238,6 @@ def preemptions(trace: kvtrace.Trace) -> list[Row]:
     return told
 
 
-def offloads(trace: kvtrace.Trace) -> list[Row]:
-    blocks = Counter(
-        (event["step"], event["time_ns"], event["request"], event["kind"])
-        for event in rows_of(trace, "block_events")
-        if event["kind"] in ("store", "load")
-    )
-    return [
-        {"engine_index": 0, "step": step, "time_ns": time, "request": request, "kind": kind, "blocks": many,
-         "bytes": many * trace.header["bytes_per_block"]}
-        for (step, time, request, kind), many in blocks.items()
-    ]  # fmt: skip
-
-
 def occupancy(trace: kvtrace.Trace) -> list[Row]:
     head = trace.header
     usable, size = head["num_blocks"] - 1, head["block_size"]

@@ -12,8 +12,8 @@ import polars as pl
 import pytest
 
 import kvtrace
-from kvtrace.report import charts, demo
-from kvtrace.report.page import Page, Section, build
+from kvtrace.reports import charts, demo
+from kvtrace.reports.page import Page, Panel, Section, build
 
 
 @pytest.fixture
@@ -82,11 +82,12 @@ def test_text_of_a_trace_cannot_become_markup() -> None:
     evil = "</script><script>alert(1)</script>"
     rows = pl.DataFrame({"policy": [evil], "capacity_blocks": [4], "token_hit_ratio": [0.5]})
     figure = charts.hit_ratio_by_capacity(rows, 4, 0.5)
-    page = build(Page(evil, evil, evil, [(evil, evil)], [Section(evil, evil, figure, rows)], [evil]))
+    panel = Panel(evil, evil, figure, rows, title=evil, run=evil)
+    page = build(Page(evil, evil, [(evil, evil)], [(evil, evil)], [Section(evil, [panel], evil)], [evil]))
     assert evil not in page
     assert page.count("<script>") == 2 + page.count("<script>alert")
-    (figures,) = re.findall(r"const FIGURES = (.*);\n", page)
-    assert json.loads(figures)[0]["data"][0]["name"] == evil
+    (data,) = re.findall(r'<script type="application/json">(.*)</script>', page)
+    assert json.loads(data)["figure"]["data"][0]["name"] == evil
 
 
 def test_the_unbounded_cache_stands_right_of_all_others() -> None:

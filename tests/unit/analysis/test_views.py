@@ -23,7 +23,7 @@ from kvtrace_replay.reuse import reuse_distances
 from kvtrace_replay.workload.recorded import from_trace
 
 SEEDS = 40
-ALWAYS = ("request_blocks", "block_lifetimes", "block_tables", "reads", "prefixes", "reuse", "offloads")
+ALWAYS = ("request_blocks", "block_lifetimes", "block_tables", "reads", "prefixes", "reuse")
 # Operations that name blocks come between steps, where the log does not say whether a preemption was before or after
 # the step of its number: engines that are followed exactly have none of these.
 EXACT_ONLY = ("preemptions", "occupancy", "latencies", "misses")
@@ -62,7 +62,7 @@ def test_views_of_imports_equal_their_twins(tmp_path: Path) -> None:
         trace = toys.imported(seed, tmp_path)
         for view in ("request_blocks", "prefixes", "reuse"):
             assert agree(trace, view) > 0
-        for view in ("block_lifetimes", "reads", "preemptions", "occupancy", "latencies", "misses", "offloads"):
+        for view in ("block_lifetimes", "reads", "preemptions", "occupancy", "latencies", "misses"):
             assert trace.sql(f"SELECT * FROM {view}").is_empty()
 
 

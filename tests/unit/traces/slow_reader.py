@@ -67,6 +67,8 @@ class Reader:
         self.lookups: list[Row] = []
         self.preemptions: list[Row] = []
         self.events: list[Row] = []
+        self.offloads: list[Row] = []
+        self.moves: dict[int, Row] = {}
         self.set: dict[int, tuple[int, int]] = {}  # request -> tokens in the last step, computed before it
         self.step_requests: list[Row] = []
         self.holds: dict[int, int] = {}  # block -> identity
@@ -320,10 +322,10 @@ class Reader:
             self.empty += 1
         self.inside, self.context = False, None
 
-    def looked_up(self, number: int, request: Request) -> None:
+    def looked_up(self, number: int, request: Request, loaded: int = 0) -> None:
         _, asked, word = request.lookup  # type: ignore[misc]
         hit = max(0, word - 1)
-        request.cached = hit if request.cached is None else request.cached
+        request.cached = hit + loaded if request.cached is None else request.cached
         if word:
             self.lookups.append({"step": self.step, "request": number, "tokens_asked": asked, "tokens_hit": hit,
                                  "after_preemption": request.preemptions > 0})  # fmt: skip
@@ -397,13 +399,51 @@ class Reader:
             self.arrive({"prompt_tokens": 1, "output_tokens": 0, "arrival_step": 0})
 
     def ext13(self, w: Words, kind: str = "store") -> None:  # STORE
-        request, _ = self.whose(w)
-        w.many(4)
+        request, tier = self.whose(w)
+        size, done = w.long(), w.long()
+        row = self.begin_move(kind, request, tier, len(w.words) - w.at, size)
+        row["done_ns"] = done or None
         for block in w.words[w.at :]:
             self.event(kind, request, block, self.holds.get(block))
 
     def ext14(self, w: Words) -> None:  # LOAD
         self.ext13(w, "load")
+
+    def begin_move(self, kind: str, request: int | None, tier: int, blocks: int, size: int) -> Row:
+        now = self.step if self.inside else max(self.step - 1, 0)
+        self.offloads.append({
+            "step": now, "time_ns": self.time, "request": request, "kind": kind, "tier": tier, "blocks": blocks,
+            "bytes": size, "tokens": None, "done_step": None, "done_ns": None, "copy_ns": None,
+        })  # fmt: skip
+        return self.offloads[-1]
+
+    def ext19(self, w: Words) -> None:  # MOVE
+        number, r, what, tokens, first = w.many(5)
+        size = w.long()
+        request = r if r < len(self.requests) else None
+        kind = "load" if what & 255 == 1 else "store"
+        blocks = w.words[w.at :]
+        for i, block in enumerate(blocks):
+            identity = self.holds.get(block)
+            if first != UNKNOWN and request is not None:
+                at = (first + i + 1) * self.granules - 1
+                chain = self.requests[request].chain
+                identity = chain[at] if at < len(chain) else None
+            self.event(kind, request, block, identity)
+        self.moves[number] = row = self.begin_move(kind, request, what >> 8, len(blocks), size)
+        if kind == "load":
+            row["tokens"] = tokens
+            if request is not None and (looked := self.requests[request].lookup) and looked[0] == self.call:
+                self.looked_up(request, self.requests[request], tokens)
+                self.requests[request].lookup = None
+
+    def ext20(self, w: Words) -> None:  # MOVED
+        row = self.moves.get(w.one())
+        if row is not None:
+            done, size, took = w.long(), w.long(), w.long()
+            row["done_step"], row["done_ns"] = self.step if self.inside else max(self.step - 1, 0), done
+            row["bytes"] = row["bytes"] if size == 2**64 - 1 else size
+            row["copy_ns"] = None if took == 2**64 - 1 else took
 
     def ext15(self, w: Words) -> None:  # LOST
         number, tokens, blocks = w.many(3)
@@ -445,5 +485,5 @@ class Reader:
         ]  # fmt: skip
         return {
             "requests": rows, "steps": self.steps, "step_requests": self.step_requests, "lookups": self.lookups,
-            "preemptions": self.preemptions, "block_events": self.events,
+            "preemptions": self.preemptions, "block_events": self.events, "offloads": self.offloads,
         }  # fmt: skip

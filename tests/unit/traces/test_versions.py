@@ -35,6 +35,7 @@ def test_codes_are_fixed() -> None:
     assert {name: op.code for name, op in EXT_OPS.items()}.items() >= {
         "TIME": 1, "REQ": 2, "OWN": 3, "RESET": 4, "EVICT": 5, "SKIP": 6, "INEXACT": 7, "ALLOCX": 8, "HITX": 9,
         "FILLX": 10, "FREEX": 11, "IDS": 12, "STORE": 13, "LOAD": 14, "LOST": 15,
+        "TYPE": 16, "ABOUT": 17, "WHEN": 18, "MOVE": 19, "MOVED": 20,
     }.items()  # fmt: skip
 
 

@@ -77,6 +77,7 @@ class Engine:
         self.last: dict[int, tuple[Request, int]] = {}
         self.gone: set[int] = set()
         self.outputs: deque[dict[int, tuple[Request, int, int]]] = deque()
+        self.moves = 0  # number of the next transfer
         self.counts = (0, 0)
         self.owners: list[int] = []
         self.hashes: dict[tuple[int, ...], int] = {}
@@ -223,12 +224,17 @@ class Engine:
         rng = self.rng
         blocks = rng.sample(sorted(self.named), rng.randrange(1, 4))
         whose = (rng.choice([UNKNOWN, rng.randrange(self.requests + 1)]), rng.choice([0, 1, UNKNOWN]))
-        kind = rng.choice(["ALLOCX", "HITX", "FILLX", "FREEX", "STORE", "LOAD", "LOST"])
+        kind = rng.choice(["ALLOCX", "HITX", "FILLX", "FREEX", "STORE", "LOAD", "MOVE", "LOST"])
         self.events += len(blocks)
+        if self.moves and rng.random() < 0.5:
+            told = [w for n in (3 << 40, 4096, 77) for w in rng.choice([(n & UNKNOWN, n >> 32), (UNKNOWN, UNKNOWN)])]
+            self.ext("MOVED", rng.randrange(self.moves + 2), 5, 1, *told[2:])
         if kind == "FILLX":
             self.ext(kind, *whose, *[w for b in blocks for w in (b, *self.hash((-1, rng.randrange(9))))])
         elif kind in ("STORE", "LOAD"):
-            self.ext(kind, whose[0], 1, 4096, 0, 5, 0, *blocks)
+            self.ext(kind, whose[0], 1, 4096 * len(blocks), 0, rng.choice([0, 5]), 0, *blocks)
+        elif kind == "MOVE":
+            self.move(whose[0], blocks)
         elif kind != "LOST":
             self.ext(kind, *whose, *blocks)
         elif self.running:
@@ -242,6 +248,12 @@ class Engine:
             self.back(request)
         else:
             self.events -= len(blocks)
+
+    def move(self, request: int, blocks: list[int]) -> None:
+        rng = self.rng
+        what, first = rng.choice([0, 1]) | rng.choice([0, 1, 5]) << 8, rng.choice([0, 1, 7, UNKNOWN])
+        self.ext("MOVE", self.moves, request, what, rng.randrange(99), first, 4096 * len(blocks), 0, *blocks)
+        self.moves += rng.choice([1, 1, 2])
 
     def allocate(self, request: Request, n: int, admitting: bool) -> None:
         if n <= 0:
@@ -327,7 +339,12 @@ class Engine:
             budget -= tokens
         looked: list[int] = []
         while self.waiting and budget and not preempted and len(self.running) < self.s.most_running:
-            if not self.admit(self.waiting[0], budget, scheduled, looked):
+            first = self.waiting[0]
+            admitted = self.admit(first, budget, scheduled, looked)
+            if self.rng.random() < self.s.explicit:
+                self.move(first.number, [1, 2])
+                self.events += 2
+            if not admitted:
                 break
             budget = self.s.budget - sum(tokens for _, tokens in scheduled.values())
         self.end_call(scheduled, looked)

@@ -1,0 +1,1 @@
+"""One file for each kind of finding; each registers itself with `adviser`."""

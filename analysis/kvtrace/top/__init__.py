@@ -1,0 +1,1 @@
+"""A view of a trace that is still being written: `kvtrace top`."""
