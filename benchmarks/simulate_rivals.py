@@ -7,8 +7,9 @@ block of 512 tokens of the prompt. Both sides simulate one vLLM engine (one work
 first come first served, prefix caching, chunked prefill) from the file to the result, in one thread. As a workload for
 the simulator a request has its input and output tokens; its chain is the hash ids of the prompt's full blocks, which
 are prefix ids already, and one identity of its own for each later block. With 16-token blocks each 512-token identity
-stands for 32. The simulator's step has no duration, so arrival times are left out; the rival runs also at those of the
-trace, and in a closed loop with as many requests under way as run at once. Compared is its fastest mode.
+stands for 32. The simulator runs once with all requests there from the start, and once in time: at the trace's times,
+with a cost of each step and latencies. The rival runs in both ways, too, and in a closed loop with as many requests
+under way as run at once. Compared is its fastest mode.
 
 The rival is NVIDIA Dynamo's mocker with its offline replay, compiled Rust with vLLM's scheduling and block management
 as its model; it also makes timings. In an environment of its own (Python 3.12 or so):
@@ -38,10 +39,13 @@ from kvtrace_replay.schedulers.families import NEWEST
 from kvtrace_replay.schedulers.recorded import Recorded
 from kvtrace_replay.schedulers.settings import Settings
 from kvtrace_replay.schedulers.vllm_v1.run import Run, compile_for, simulate_run
+from kvtrace_replay.timing.costs import StepCosts
 from kvtrace_traces.schema import FINISH_REASONS
 
 PER_ID = 512
 MODES = ("all at once", "closed loop", "at its times")
+#: What a step takes where requests come at their times: of the order of an 8B model on an A100.
+COSTS = StepCosts(9e6, prefill_token=100_000, prefill_pair=4, decode_row=20_000, decode_context=150)
 #: Runs in the rival's environment: file, blocks, block size, requests at once, tokens a step, mode.
 RIVAL = """
 import json, sys, time
@@ -86,8 +90,9 @@ def fill_chains(chain, at, ids, given, prompt, own, per_id):
 
 def workload(path: Path, block_size: int) -> Recorded:
     """The file as what reached one engine."""
-    lines = pl.read_ndjson(path, schema={"input_length": pl.Int32, "output_length": pl.Int32,
+    lines = pl.read_ndjson(path, schema={"timestamp": pl.Float64, "input_length": pl.Int32, "output_length": pl.Int32,
                                          "hash_ids": pl.List(pl.Int32)})  # fmt: skip
+    due = (lines["timestamp"].to_numpy() * 1e6).astype(np.int64)
     n = lines.height
     prompt = np.ascontiguousarray(lines["input_length"].to_numpy())
     stop = prompt + np.maximum(lines["output_length"].to_numpy(), 1)
@@ -104,7 +109,8 @@ def workload(path: Path, block_size: int) -> Recorded:
         header={"block_size": block_size, "granule": block_size, "scheduler": {}}, prompt=prompt, stop=stop, most=stop,
         reason=np.full(n, FINISH_REASONS.index("length"), np.int32), no_read=no, priority=zeros,
         arrival_s=np.arange(n, dtype=np.float64), request_id=pl.Series(["r"]).new_from_index(0, n), arrival_step=zeros,
-        arrival_late=no, abort_step=zeros - 2, abort_early=no, abort_ns=never, arrival_ns=never, due_ns=never,
+        arrival_late=no, abort_step=zeros - 2, abort_early=no, abort_ns=never, arrival_ns=never,
+        due_ns=due - due.min(initial=0),
         tenant=np.zeros(n, np.uint64), chain=chain, chain_at=at,
         hashes=np.arange(identities, dtype=np.uint64), steps=0, unfinished=0, resets=0,
     )  # fmt: skip
@@ -123,7 +129,8 @@ def settings_of(options: Any, block_size: int, asynchronous: bool, longest: int)
 class Mine:
     """Our side at one block size: the best times in seconds of the loop, the run and everything from the file on."""
 
-    def __init__(self, options: Any, block_size: int, asynchronous: bool) -> None:
+    def __init__(self, options: Any, block_size: int, asynchronous: bool, timed: bool = False) -> None:
+        self.timing: dict[str, Any] = {"arrivals": "time", "costs": COSTS} if timed else {}
         self.path, self.block_size = Path(options.trace), block_size
         recorded = workload(self.path, block_size)
         self.settings = settings_of(options, block_size, asynchronous, int(recorded.stop.max()))
@@ -135,7 +142,7 @@ class Mine:
         begin = time.perf_counter()
         recorded = workload(self.path, self.block_size)
         ready = time.perf_counter()
-        run = simulate_run(recorded, self.settings)
+        run = simulate_run(recorded, self.settings, **self.timing)
         end = time.perf_counter()
         assert run.finished == recorded.n_requests
         self.loop, self.run = min(self.loop, run.seconds), min(self.run, end - ready)
@@ -170,7 +177,11 @@ def all_at_once(path: str, folder: str) -> str:
 
 
 def compare(options: Any, block_size: int, folder: str) -> None:
-    mine = {asynchronous: Mine(options, block_size, asynchronous) for asynchronous in (False, True)}
+    mine = {
+        "sync": Mine(options, block_size, False),
+        "async": Mine(options, block_size, True),
+        "in time": Mine(options, block_size, False, timed=True),
+    }
     copy = all_at_once(options.trace, folder)
     best: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
@@ -187,11 +198,11 @@ def compare(options: Any, block_size: int, folder: str) -> None:
                 best[mode]["replay"] = min(best[mode]["replay"], told["replay"])
             else:
                 best[mode] = told
-    n = mine[False].result.requests.shape[0]
-    for asynchronous, one in mine.items():
+    n = mine["sync"].result.requests.shape[0]
+    for name, one in mine.items():
         run = one.result
         row(
-            f"kvtrace, {'async' if asynchronous else 'sync'}",
+            f"kvtrace, {name}",
             block_size,
             one.all,
             n,
@@ -207,10 +218,12 @@ def compare(options: Any, block_size: int, folder: str) -> None:
         print(f"rival, {mode}: {why}")
     if best:
         fastest, replay = (min(told[key] for told in best.values()) for key in ("seconds", "replay"))
-        print(
-            f"ratio to its fastest mode: from the file on {fastest / mine[False].all:.1f}x; without reading the file "
-            f"{replay / mine[False].run:.1f}x with our run, {replay / mine[False].loop:.1f}x with our loop alone"
-        )
+        for name in ("sync", "in time"):
+            one = mine[name]
+            print(
+                f"ratio of {name} to its fastest mode: from the file on {fastest / one.all:.1f}x; without reading the "
+                f"file {replay / one.run:.1f}x with our run, {replay / one.loop:.1f}x with our loop alone"
+            )
 
 
 def row(what: str, block_size: int, seconds: float, n: int, hits: float) -> None:
