@@ -29,7 +29,8 @@ import numpy as np
 import polars as pl
 
 import kvtrace
-from kvtrace.simulations import profile_for, simulate_trace
+from kvtrace.simulation_options import profile_for
+from kvtrace.simulations import simulate_trace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 

@@ -114,17 +114,18 @@ def _of_requests(
     workload: Workload, engine_index: int, numbers: pl.Series, row: dict[str, Any], hits: Any, overflowed: Any
 ) -> pl.DataFrame:
     whole = row["semantics"] == "object"
-    lengths = np.diff(workload.indptr)
+    own = slice(workload.carried, None)  # what a cut carries in are no requests of it
+    lengths = np.diff(workload.indptr)[own]
     full = hits * workload.block_size
-    short = np.where((hits > 0) & (hits == lengths), workload.block_size - workload.last_tokens, 0)
+    short = np.where((hits > 0) & (hits == lengths), workload.block_size - workload.last_tokens[own], 0)
     shared = ("policy", "capacity_blocks", "block_size", "semantics")
     return pl.DataFrame(
         {
             "engine_index": pl.repeat(engine_index, numbers.len(), dtype=pl.Int16, eager=True),
             "request": numbers,
-            "block_lookups": lengths if whole else workload.prompt_blocks.astype(np.int64),
+            "block_lookups": lengths if whole else workload.prompt_blocks[own].astype(np.int64),
             "block_hits": hits,
-            "token_lookups": workload.token_counts() if whole else workload.prompt_tokens,
+            "token_lookups": (workload.token_counts() if whole else workload.prompt_tokens)[own],
             # Which of its blocks a request hits is known only where they are a prefix.
             "token_hits": pl.repeat(None, numbers.len(), dtype=pl.Int64, eager=True) if whole else full - short,
             "pin_overflow": overflowed > 0,

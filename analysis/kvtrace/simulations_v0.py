@@ -9,6 +9,7 @@ from typing import Any
 import polars as pl
 
 from kvtrace.api import Trace
+from kvtrace.simulation_options import profile_for, rates, refuse_lossy
 from kvtrace_replay.schedulers.latencies import SUMMARY, request_times
 from kvtrace_replay.schedulers.vllm_v0.run import RunV0
 from kvtrace_replay.schedulers.vllm_v0.sweep import VARIABLE, CellV0, rows, simulate_grid
@@ -92,8 +93,6 @@ def simulate_v0_trace(
 ) -> SimulatedV0:
     """The cells of every engine of a trace. `timing` as `simulate` takes it; other arguments and errors as in
     `kvtrace_replay`'s `simulate_grid`."""
-    from kvtrace.simulations import profile_for, rates, refuse_lossy
-
     refuse_lossy(trace, allow_lossy)
     arrivals = arrivals or ("all" if rate is None else "time")
     kinds = settings.get("preemption") or []
