@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import polars as pl
 
@@ -16,15 +17,23 @@ from kvtrace.simulation_options import default_arrivals, profile_for, rates, ref
 from kvtrace_replay.schedulers.latencies import SUMMARY, request_times
 from kvtrace_replay.schedulers.log import write_run
 from kvtrace_replay.schedulers.settings import VARIABLE
-from kvtrace_replay.schedulers.sweep import Cell, rows
+from kvtrace_replay.schedulers.sweep import Cell, HostTier, row_of
 from kvtrace_replay.schedulers.sweep import simulate as simulate_engine
 from kvtrace_replay.schedulers.vllm_v1 import layout as at
+from kvtrace_replay.schedulers.vllm_v1.offload.run import OffloadRun
 from kvtrace_replay.timing.profile import Profile
 from kvtrace_traces.errors import KvtraceError, UsageError
 from kvtrace_traces.schema import FINISH_REASONS
 
 if TYPE_CHECKING:
     from kvtrace_replay.schedulers.vllm_v1.run import Run
+
+
+OF_THE_TIER = ("preemption", "cpu_offload", "offload_policy")
+MOVED = (
+    "hit_tokens_after_preemption", "cpu_offload_blocks", "loaded_tokens", "stored_blocks", "loaded_blocks",
+    "stored_bytes", "loaded_bytes", "tier_evictions",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,10 +47,11 @@ class Simulated:
 
     def frame(self) -> pl.DataFrame:
         """One row per cell: the columns of `kvtrace simulate --json`."""
-        found = pl.DataFrame(rows([cell for _, cell in self.cells]), infer_schema_length=None)
+        found = pl.DataFrame([row_of(cell) for _, cell in self.cells], infer_schema_length=None)
         found = found.with_columns(
             *(pl.col(name).cast(pl.Float64) for name in SUMMARY),
-            pl.col("why").cast(pl.String),
+            *(pl.col(name).cast(pl.Int64) for name in MOVED),
+            pl.col("offload_policy", "rate", "why").cast(pl.String),
             pl.col("exact").cast(pl.Boolean),
         )
         if not self.several:
@@ -53,6 +63,10 @@ class Simulated:
         """The settings that are not the same in all cells."""
         names = [name for name in VARIABLE if len({getattr(cell.settings, name) for _, cell in self.cells}) > 1]
         names += ["rate"] if len({cell.rate for _, cell in self.cells}) > 1 else []
+        names += ["preemption"] if len({cell.tier is None for _, cell in self.cells}) > 1 else []
+        tiers = {cell.tier for _, cell in self.cells if cell.tier is not None}
+        names += ["cpu_offload_blocks"] if len({tier.room for tier in tiers}) > 1 else []
+        names += ["offload_policy"] if len({tier.policy for tier in tiers}) > 1 else []
         return ["engine_index", *names] if self.several else names
 
     def per_request(self) -> pl.DataFrame:
@@ -61,21 +75,21 @@ class Simulated:
 
     def per_step(self) -> pl.DataFrame:
         """One row per step and cell that ran, with the settings that vary in front."""
-        return self._all(lambda _, run: step_frame(run))
+        return self._all(lambda _, run: step_frame(cast("Run", run)))
 
-    def _all(self, make: Callable[[Cell, Run], pl.DataFrame]) -> pl.DataFrame:
+    def _all(self, make: Callable[[Cell, Run | OffloadRun], pl.DataFrame]) -> pl.DataFrame:
         names = self.varied()
         frames = []
         for index, cell in self.cells:
             if cell.run is None:
                 continue
-            told = {**vars(cell.settings), "engine_index": index, "rate": cell.rate}
+            told = {**row_of(cell), "engine_index": index}
             values = [told[name] for name in names]
             lead = [pl.lit(value).alias(name) for name, value in zip(names, values, strict=True)]
             frames.append(make(cell, cell.run).select(*lead, pl.all()))
         if not frames:
             raise KvtraceError("no combination of these settings can be run; the table says why")
-        return pl.concat(frames)
+        return pl.concat(frames, how="diagonal_relaxed")
 
 
 def simulate(
@@ -94,6 +108,8 @@ def simulate(
     watermark: float | Sequence[float] | None = None,
     policy: str | Sequence[str] | None = None,
     preemption: str | Sequence[str] | None = None,
+    cpu_offload: int | str | Sequence[int | str] | None = None,
+    offload_policy: str | Sequence[str] | None = None,
     swap_space: float | Sequence[float] | None = None,
     victim: str | Sequence[str] | None = None,
     mend: Sequence[str] = (),
@@ -114,6 +130,9 @@ def simulate(
     at the recorded times, or, with `rate`, "x2" as fast or, as a Poisson process of `seed`, so many a second.
     `timing`: what steps cost: a profile, its file or name, or GPU:MODEL; None learns it from the trace's own steps,
     where it has times; "none": nothing is timed.
+
+    `preemption="offload"`: with vLLM's connector that copies blocks to host memory of size `cpu_offload` (blocks,
+    `40GiB`, `65536tok`), `offload_policy` "lru" or "arc"; such runs have no times.
 
     `engine="vllm-v0"` is vLLM 0.4.2, whose rules are in docs/vllm-v0-semantics.md. It takes num_blocks (there is no
     null block), block_size, max_num_seqs, max_num_batched_tokens, watermark, and for itself `preemption` ("recompute",
@@ -140,6 +159,8 @@ def simulate(
         "watermark": watermark,
         "policy": policy,
         "preemption": preemption,
+        "cpu_offload": cpu_offload,
+        "offload_policy": offload_policy,
         "swap_space": swap_space,
         "victim": victim,
     }
@@ -176,28 +197,62 @@ def simulate_trace(
     refuse_lossy(trace, allow_lossy)
     arrivals = arrivals or ("time" if rate is not None else default_arrivals(trace))
     profile = profile_for(trace, timing, arrivals)
-    kinds = settings.get("preemption") or []
-    if any(kind != "recompute" for kind in ([kinds] if isinstance(kinds, str) else kinds)):
-        raise UsageError("--preemption: vLLM V1 recomputes what it preempts; --engine vllm-v0 also swaps")
+    tiers = host_tiers(settings)
+    if options.get("step_rows") and any(tiers):
+        raise UsageError("--per-step is not told of runs with --preemption offload: leave one of the two out")
     if settings.get("swap_space") is not None:
         raise UsageError("--swap-space is of --engine vllm-v0, the engine that swaps")
     if mend:
         raise UsageError("--mend is of --engine vllm-v0")
-    own = {name: value for name, value in settings.items() if name != "preemption"}
+    own = {name: value for name, value in settings.items() if name not in OF_THE_TIER}
     cells: list[tuple[int, Cell]] = []
     for header in trace.engines:
         index = int(header["engine_index"])
-        for each in rates(rate):
+        for tier, each in itertools.product(tiers, rates(rate)):
             found = simulate_engine(
-                trace.reader, own, engine_index=index, arrivals=arrivals, timing=profile, rate=each, progress=progress,
-                **options,
+                trace.reader, own, engine_index=index, arrivals=arrivals, timing=profile, rate=each, tier=tier,
+                progress=progress, **options,
             )  # fmt: skip
             cells += [(index, cell) for cell in found]
     return Simulated(cells, len(trace.engines) > 1, profile)
 
 
-def request_frame(cell: Cell, run: Run) -> pl.DataFrame:
+def host_tiers(settings: dict[str, Any]) -> list[HostTier | None]:
+    """What `preemption`, `cpu_offload` and `offload_policy` (values or lists) ask for; None for no tier.
+
+    Raises UsageError for what is none of V1's ways, and for a tier without a size.
+    """
+    kinds, rooms, policies = (listed(settings.get(name)) for name in OF_THE_TIER)
+    for kind in kinds:
+        if kind not in ("recompute", "offload"):
+            raise UsageError(
+                f"--preemption {kind}: vLLM V1 recomputes what it preempts, or has it in host memory (offload); "
+                "--engine vllm-v0 also swaps"
+            )
+    if "offload" in kinds and not rooms:
+        raise UsageError("--preemption offload needs --cpu-offload, the room in host memory (40GiB, 20k, 65536tok)")
+    if (rooms or policies) and "offload" not in kinds:
+        raise UsageError("--cpu-offload and --offload-policy are of --preemption offload")
+    found: list[HostTier | None] = []
+    for kind in kinds or ["recompute"]:
+        if kind == "recompute":
+            found.append(None)
+        else:
+            found += [HostTier(room, policy) for room, policy in itertools.product(rooms, policies or ["lru"])]
+    return found
+
+
+def listed(value: Any) -> list[Any]:
+    """One value or several, as a list; none is an empty one."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+
+
+def request_frame(cell: Cell, run: Run | OffloadRun) -> pl.DataFrame:
     """What became of each request in one run. Steps are null for what never ran, `finish_*` for what never ended."""
+    if isinstance(run, OffloadRun):
+        return _request_frame_offload(cell, run)
     out, source = run.requests, cell.recorded
 
     def column(which: int) -> pl.Expr:
@@ -226,6 +281,30 @@ def request_frame(cell: Cell, run: Run) -> pl.DataFrame:
     return frame.with_columns(**{name: pl.Series(told).fill_nan(None) for name, told in times.items()})
 
 
+def _request_frame_offload(cell: Cell, run: OffloadRun) -> pl.DataFrame:
+    source = cell.recorded
+    names = (
+        "first_step", "last_step", "finish_step", "cached_tokens", "reason", "stored_blocks", "loaded_blocks",
+    )  # fmt: skip
+    frame = pl.DataFrame({name: pl.Series(run.requests[:, i]) for i, name in enumerate(names)}).with_columns(
+        pl.when(pl.col(names) >= 0).then(pl.col(names))
+    )
+    reasons = pl.Series([*FINISH_REASONS], dtype=pl.String)
+    return frame.select(
+        request=pl.Series(range(source.n_requests), dtype=pl.Int32),
+        request_id=source.request_id,
+        cached_tokens="cached_tokens",
+        preemptions=pl.Series(run.preempted),
+        first_step="first_step",
+        last_step="last_step",
+        finish_step="finish_step",
+        finish_reason=pl.lit(reasons).gather(pl.col("reason")),
+        stored_blocks="stored_blocks",
+        loaded_blocks="loaded_blocks",
+        prompt_tokens=pl.Series(source.prompt),
+    )
+
+
 def step_frame(run: Run) -> pl.DataFrame:
     """What each step of one run did: a row per scheduler call with tokens."""
     names = (
@@ -248,6 +327,8 @@ def check_single(trace: Trace, settings: dict[str, Any]) -> None:
     """Raise UsageError where the settings (lists by name) make more than the one run that can be written as a trace."""
     if len(trace.engines) > 1:
         raise UsageError("-o writes the run of one engine: name the file of one engine, not the folder of several")
+    if "offload" in listed(settings.get("preemption")):
+        raise UsageError("-o writes no runs with --preemption offload: leave one of the two out")
     many = {name: len(values) for name, values in settings.items() if len(values) > 1}
     if many:
         named = ", ".join(name.replace("_", "-") for name in many)

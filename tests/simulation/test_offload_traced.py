@@ -14,7 +14,7 @@ from .cases import Case
 from .judge import Endless
 from .judge_offload import OffloadJudgeProcess
 from .offload_cases import offload_case
-from .twin_offload import OffloadRun
+from .twin_offload_words import OffloadRun
 
 pytestmark = pytest.mark.engine
 SEEDS = 60

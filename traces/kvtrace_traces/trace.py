@@ -213,7 +213,10 @@ class Trace:
             .explode("nth")
             .with_columns(
                 step=(pl.col("first_step") + pl.col("nth")).cast(pl.Int32),
-                computed_before=(pl.col("computed_before") + pl.col("nth") * pl.col("tokens")).cast(pl.Int32),
+                # No engine counts beyond 2^31; a log that does is none's.
+                computed_before=(pl.col("computed_before") + pl.col("nth") * pl.col("tokens")).cast(
+                    pl.Int32, strict=False
+                ),
             )
             .select("engine_index", "step", "request", "tokens", "computed_before")
             .sort("engine_index", "step", "request")
@@ -291,7 +294,7 @@ def _requests(decoded: Decoded) -> dict[str, Any]:
         "last_step": small[rows.R_LAST],
         "finish_step": small[rows.R_FINISH_STEP],
         "finish_ns": large[rows.R_FINISH_NS],
-        "finish_reason": np.where(reason >= len(FINISH_REASONS), other, reason).astype(np.int8),
+        "finish_reason": np.where((reason >= len(FINISH_REASONS)) | (reason < -1), other, reason).astype(np.int8),
         "chain_granules": np.diff(decoded.chains.indptr)[chosen].astype(np.int32),
         **_conversations(decoded, small),
     }

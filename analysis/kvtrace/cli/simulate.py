@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 # What people see besides the settings that vary.
 SHOWN = ("steps", "preemptions", "evictions", "hit_tokens", "token_hit_ratio", "exact", "seconds")
+SHOWN_OFFLOAD = (
+    "steps", "preemptions", "evictions", "hit_tokens", "loaded_tokens", "stored_blocks", "loaded_blocks", "exact",
+)  # fmt: skip
 SHOWN_TIMED = (
     "steps", "preemptions", "evictions", "token_hit_ratio", "ttft_p50_s", "ttft_p99_s", "itl_p99_s",
     "output_tokens_per_s", "exact",
@@ -104,7 +107,12 @@ def spelling(name: str) -> str:
 @click.option("--policy", type=Policies(), metavar="A,B",
               help="Who is evicted: vllm (its own free queue) or a policy; `kvtrace policies` lists them.")  # fmt: skip
 @click.option("--preemption", type=Items(), metavar="A,B",
-              help="What becomes of a victim: recompute; vllm-v0: also swap, or hybrid, the cheaper.")  # fmt: skip
+              help="What becomes of a victim: recompute, or offload (vLLM's connector to host memory); vllm-v0: also "
+                   "swap, or hybrid, the cheaper.")  # fmt: skip
+@click.option("--cpu-offload", type=Items(), metavar="A,B",
+              help="With --preemption offload: host memory, 40GiB, 65536tok or blocks.")  # fmt: skip
+@click.option("--offload-policy", type=Items(), metavar="A,B",
+              help="With --preemption offload: who is dropped there, lru or arc. [default: lru]")  # fmt: skip
 @click.option("--swap-space", type=Items(float), metavar="A,B",
               help="vllm-v0: GiB of host memory to swap to. [default: 4]")  # fmt: skip
 @click.option("--victim", type=Items(), metavar="A,B",
@@ -186,7 +194,9 @@ def command(
         found = simulate_trace(trace, settings, engine=engine, **shared)
         output.facts(*facts(trace, found, "block_size" in settings and "num_blocks" not in settings))
     bare, timed = (SHOWN_V0, SHOWN_V0_TIMED) if old else (SHOWN, SHOWN_TIMED)
-    shown = bare if found.timing is None else timed
+    shown: tuple[str, ...] = bare if found.timing is None else timed
+    if "offload" in settings.get("preemption", ()):
+        shown = SHOWN_OFFLOAD
     output.table(found.frame(), Style(columns=(*found.varied(), *shown)))
     if per_request is not None:
         write_table(found.per_request(), per_request, output.force)

@@ -18,12 +18,22 @@ from kvtrace_replay.schedulers.imported import imported_settings, needs_blocks, 
 from kvtrace_replay.schedulers.latencies import SUMMARY, summary
 from kvtrace_replay.schedulers.recorded import Recorded
 from kvtrace_replay.schedulers.settings import NATIVE, POLICIES, VARIABLE, Settings, own_settings
+from kvtrace_replay.schedulers.vllm_v1.offload.run import Offload, OffloadRun, simulate_offload, tier_blocks
 from kvtrace_replay.schedulers.vllm_v1.run import Run, compile_for, simulate_run
 from kvtrace_replay.timing.profile import Profile
 from kvtrace_traces.errors import UsageError
 
 ENGINES = ("vllm-v1",)
 WHOLE = ("block_size", "max_num_seqs", "max_num_batched_tokens", "long_prefill_token_threshold")
+
+
+@dataclass(frozen=True)
+class HostTier:
+    """Host memory that vLLM's offloading connector copies blocks to: `room` in any form of `parse_amount`, and who is
+    dropped, "lru" or "arc"."""
+
+    room: str | int
+    policy: str = "lru"
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,11 +44,12 @@ class Cell:
     recorded: Recorded
     settings: Settings
     arrivals: str
-    run: Run | None
+    run: Run | OffloadRun | None
     failed: str | None
     why: tuple[str, ...]
     engine: str = "vllm-v1"
     rate: str | None = None
+    tier: HostTier | None = None
 
 
 #: Names of what keeps a prediction from being exact, and what they mean. Exact always means: given equal tokens.
@@ -55,6 +66,7 @@ WHY = {
     "pipeline-parallel": "pipeline parallelism schedules more batches ahead than are simulated",
     "policy": "no engine has this eviction policy to be compared with",
     "victim": "no engine chooses whom it preempts by this rule",
+    "transfer-time": "how many steps a copy to or from host memory takes is a matter of the clock; here none",
     "lossy": "a part of the log is missing",
     "timing-model": "a model of what steps cost decides which requests meet; an engine takes a little more or less",
     "no-engine": "the requests are of an import, which no engine served: vLLM 0.32's rules and unknown outputs",
@@ -71,6 +83,7 @@ def simulate(
     timing: Profile | None = None,
     rate: str | float | None = None,
     seed: int = 0,
+    tier: HostTier | None = None,
     step_rows: bool = False,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -84,6 +97,7 @@ def simulate(
         engine: the scheduler's model, one of ENGINES.
         arrivals: a name of `recorded.ARRIVALS`.
         timing: what steps cost; without, nothing is timed. rate, seed: as `arrivals.at_rate` takes them, for "time".
+        tier: with vLLM's offloading connector, which copies blocks to host memory; such runs have no times.
         threads: runs at a time; default one per core.
         progress: called with (cells done, cells in all).
 
@@ -104,20 +118,27 @@ def simulate(
     for asked, _ in cells:
         needs_blocks(asked)
 
-    for chosen in {chosen.policy: chosen for _, chosen in cells if isinstance(chosen, Settings)}.values():
-        compile_for(source, chosen)
+    if tier is None:
+        for chosen in {chosen.policy: chosen for _, chosen in cells if isinstance(chosen, Settings)}.values():
+            compile_for(source, chosen)
 
-    def one(chosen: Settings | str) -> tuple[Run | None, str | None]:
+    def one(chosen: Settings | str) -> tuple[Run | OffloadRun | None, str | None]:
         if isinstance(chosen, str):
             return None, chosen
+        if tier is not None:
+            try:
+                offload = Offload(blocks=tier_blocks(tier.room, source, chosen.block_size), policy=tier.policy)
+                return simulate_offload(source, chosen, offload, arrivals=arrivals), None
+            except UsageError as error:
+                return None, str(error)
         costs = None if timing is None else timing.step_costs(chosen.block_size)
         try:
             return simulate_run(source, chosen, arrivals=arrivals, costs=costs, step_rows=step_rows), None
         except UsageError as error:
             return None, str(error)
 
-    done: list[tuple[Run | None, str | None]] = []
-    with ThreadPoolExecutor(min(threads or cores(), len(cells))) as pool:
+    done: list[tuple[Run | OffloadRun | None, str | None]] = []
+    with ThreadPoolExecutor(1 if tier else min(threads or cores(), len(cells))) as pool:  # a tier's compiles first
         for result in pool.map(one, [chosen for _, chosen in cells]):
             done.append(result)
             if progress:
@@ -134,6 +155,7 @@ def simulate(
             why_not_exact(trace, source, asked, own, arrivals, run),
             engine,
             None if rate is None else str(rate),
+            tier,
         )
         for (asked, _), (run, failed) in zip(cells, done, strict=True)
     ]
@@ -196,7 +218,7 @@ def _num_blocks(value: Any, source: Recorded, block_size: int) -> int:
 
 
 def why_not_exact(
-    trace: Any, source: Recorded, settings: Settings, own: Settings, arrivals: str, run: Run | None
+    trace: Any, source: Recorded, settings: Settings, own: Settings, arrivals: str, run: Run | OffloadRun | None
 ) -> tuple[str, ...]:
     """Names of WHY that hold. See there."""
     header = source.header
@@ -211,7 +233,8 @@ def why_not_exact(
         "timing-model": arrivals == "time",
         "no-engine": False,  # said above
         "unfinished-requests": source.unfinished > 0,
-        "aborted-beyond-record": run is not None and run.guessed > 0 and bool(aborted.any()),
+        "aborted-beyond-record": isinstance(run, Run) and run.guessed > 0 and bool(aborted.any()),
+        "transfer-time": isinstance(run, OffloadRun),
         "cache-reset": source.resets > 0,
         "untested-engine": "untested-engine" in header.get("inexact", ()),
         "newer-engine": newer_than_known(version),
@@ -250,12 +273,8 @@ def newer_than_known(version: str) -> bool:
     return len(parts) > 1 and parts[0].isdigit() and parts[1].isdigit() and (int(parts[0]), int(parts[1])) > (0, 32)
 
 
-def rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """The contract's rows: counts of each run, times (null where nothing is timed), `exact` and `why`."""
-    return [_row(cell) for cell in cells]
-
-
-def _row(cell: Cell) -> dict[str, Any]:
+def row_of(cell: Cell) -> dict[str, Any]:
+    """The contract's row: counts of the run, times (null where nothing is timed), `exact` and `why`."""
     run, settings = cell.run, cell.settings
     done = run is not None
 
@@ -274,7 +293,8 @@ def _row(cell: Cell) -> dict[str, Any]:
         "hit_tokens": of("hit_tokens"),
         "lookup_tokens": of("lookup_tokens"),
         "token_hit_ratio": run.hit_tokens / run.lookup_tokens if run and run.lookup_tokens else None,
-        "hit_tokens_after_preemption": of("hit_tokens_after"),
+        "hit_tokens_after_preemption": run.hit_tokens_after if isinstance(run, Run) else None,
+        **_moved(cell),
         **_times(cell),
         "exact": (not cell.why) if done else None,
         "why": cell.failed or ", ".join(cell.why) or None,
@@ -282,9 +302,21 @@ def _row(cell: Cell) -> dict[str, Any]:
     }
 
 
+def _moved(cell: Cell) -> dict[str, Any]:
+    """What went to host memory and came from it; null without."""
+    run = cell.run if isinstance(cell.run, OffloadRun) else None
+    names = ("loaded_tokens", "stored_blocks", "loaded_blocks", "stored_bytes", "loaded_bytes", "tier_evictions")
+    return {
+        "preemption": "recompute" if cell.tier is None else "offload",
+        "cpu_offload_blocks": None if run is None else run.offload.blocks,
+        "offload_policy": None if cell.tier is None else cell.tier.policy,
+        **{name: None if run is None else getattr(run, name) for name in names},
+    }
+
+
 def _times(cell: Cell) -> dict[str, Any]:
     run = cell.run
-    if run is None or run.clock is None:
+    if not isinstance(run, Run) or run.clock is None:
         return dict.fromkeys(SUMMARY)
     prompt = cell.recorded.prompt
     return summary(run.clock.times, run.clock.gaps, run.clock.duration_ns, int(prompt.sum()), run.tokens - prompt)

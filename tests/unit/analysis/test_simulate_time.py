@@ -183,3 +183,24 @@ def test_requests_that_never_were() -> None:
     row = summary(times, np.array([[10, 3]]), 50, 7, np.array([4, 0]))
     assert row["ttft_p99_s"] == 2e-8
     assert row["total_tokens_per_s"] == pytest.approx(11 / 50e-9)
+
+
+def test_host_memory_beside_recomputation(kvtrace_cli: Callable[..., Any], thrash: Path, tmp_path: Path) -> None:
+    args = ("--preemption", "recompute,offload", "--cpu-offload", "100,2000", "--offload-policy", "lru,arc")
+    done = kvtrace_cli("simulate", thrash, *args, "--json", "--per-request", tmp_path / "r.parquet")
+    assert done.code == 0, done.err
+    plain, *tiers = json.loads(done.out)
+    assert (plain["preemption"], plain["cpu_offload_blocks"], plain["loaded_tokens"]) == ("recompute", None, None)
+    asked = [(row["preemption"], row["cpu_offload_blocks"], row["offload_policy"]) for row in tiers]
+    assert asked == [("offload", blocks, policy) for blocks in (100, 2000) for policy in ("lru", "arc")]
+    assert all("transfer-time" in row["why"] and row["duration_s"] is None for row in tiers)
+    small, large = tiers[0], tiers[2]
+    assert 0 < small["loaded_tokens"] < large["loaded_tokens"]
+    assert large["tier_evictions"] == 0 < small["tier_evictions"]
+    told = pl.read_parquet(tmp_path / "r.parquet").filter(
+        (pl.col("cpu_offload_blocks") == 2000) & (pl.col("offload_policy") == "lru")
+    )
+    assert told["loaded_blocks"].sum() == large["loaded_blocks"]
+    assert told["preemptions"].sum() == large["preemptions"]
+    own = kvtrace.simulate(thrash, preemption="offload", cpu_offload=2000)
+    assert own["loaded_tokens"].to_list() == [large["loaded_tokens"]]

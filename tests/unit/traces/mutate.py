@@ -123,7 +123,7 @@ def read_all(path: Path) -> str:
     for recover in ("strict", "tail", "skip"):
         try:
             trace = open_trace(path, recover=recover)
-            for table in (*TABLES, "step_spans", "losses"):
+            for table in (*TABLES, "offloads", "step_spans", "losses"):
                 getattr(trace, table)
             told += f"{trace.info['events']} "
         except KvtraceError as error:

@@ -1,0 +1,117 @@
+"""Where the compiled scheduler with a connector keeps what.
+
+Unlike the scheduler without one (`vllm_v1.layout`), its arrays go as one tuple: a load or store costs far more than the
+count that taking an array out of the tuple costs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+# Requests: `req`, int32[n + 3, R_FIELDS]; the last three rows are the ends of the queues. First what the pool
+# and the scheduler need, then limits, then what the connector knows, then what is to be told.
+(
+    R_STATUS, R_COMPUTED, R_TOKENS, R_BLOCKS, R_CACHED, R_FLIGHT, R_HOLDERS, R_SLOT, R_NEXT, R_PREV, R_PREEMPTIONS,
+    R_CHUNK, R_PREFILLING, R_LAST_STEP, R_QUEUE,
+) = range(15)  # fmt: skip
+L_PROMPT, L_STOP, L_MOST, L_NO_READ, L_REASON, L_RANK, L_VICTIM, L_ABORTED = range(15, 23)
+K_BLOCKS, K_KEYS, K_STORED, K_LOCAL, K_CACHED, K_JOBS, K_LOADED = range(23, 30)
+O_FIRST, O_LAST, O_FINISH, O_CACHED, O_REASON, O_STORED, O_LOADED = range(30, 37)
+R_FIELDS = 37
+
+#: R_STATUS
+ABSENT, WAITING, RUNNING, LOADING, FINISHED, LEAVING = range(6)
+#: R_QUEUE: which list a request stands in, whose end is row n + this.
+WAITS, HOLDS, RUNS, NOWHERE = range(4)
+
+# Settings: `p`, int64.
+(
+    P_BLOCK_SIZE, P_MAX_SEQS, P_BUDGET, P_MAX_BATCHED, P_CACHING, P_CHUNKED, P_LONG, P_ADAPTIVE, P_PRIORITY, P_ASYNC,
+    P_WATERMARK, P_GATE, P_UNCACHED_FIRST, P_MAX_LEN, P_SKIPS_FINISHING, P_CHUNK_BLOCKS, P_CHUNKS, P_ARC, P_THRESHOLD,
+    P_PROMPT_ONLY, P_POLLS, P_PATIENCE, P_LOG,
+) = range(23)  # fmt: skip
+P_FIELDS = 24
+
+# The run: `g`, int64. The first 64 are those of `vllm_v1.layout`, of which the pool uses some.
+(
+    G_BEGUN, G_BUDGET, G_SCHEDULED, G_PREEMPTED, G_CALL_PREEMPTED, G_EMPTY, G_EMPTY_ROW, G_CALL, G_ARRIVED, G_ABORTS,
+    G_SLOTS, G_GONE, G_LEFT, G_JOBS, G_JOBS_FREE, G_KEYS_FREE, G_BLOCKS_FREE, G_LOADS, G_STORES, G_WAITS, G_UNDER_WAY,
+    G_FLIGHTS, G_CALLED, G_DONE, G_DEFERRED, G_DEFER_HEAD, G_IDLE, G_STAMP, G_ROOM, G_READY, G_PREEMPTIONS,
+    G_HIT_TOKENS, G_LOOKUP_TOKENS, G_LOADED_TOKENS, G_STORED_BLOCKS, G_LOADED_BLOCKS, G_TIER_EVICTIONS, G_REFUSED,
+    G_RUNNING,
+    G_WAITING, G_HOLDING, G_GUESSED, G_LOADING,
+    G_LOG, N_MOVES, G_FLIGHT,
+) = range(64, 110)  # fmt: skip
+G_FIELDS = 128
+
+# Jobs: `job`, int64[., J_FIELDS]: keys and blocks are heads of lists through `keys` and `held`.
+J_REQUEST, J_LOAD, J_KEYS, J_BLOCKS, J_ROW, J_FENCED, J_FLUSH, J_ASKED, J_TOKENS = range(9)
+J_FIELDS = 9
+
+# Which list a chunk is in: `where`, by identity. LRU uses T1 alone. `lists`, int64[5, 3]: head, tail, length.
+NONE, T1, T2, B1, B2 = range(5)
+HEAD, TAIL, COUNT = range(3)
+GONE, STORING = -2, -1  # `readers` of a chunk that is not there, or not readable yet
+# Bits of `flags`: what a request did with a chunk of its chain.
+SEEN, INSERTED, REUSED, MISSED = 1, 2, 4, 8
+
+#: What the tier did: codes of LOG_TIER, with how many chunks; these follow one by one, with code -1.
+TIER_OPS = ("evict", "store", "stored", "load", "loaded", "refuse")
+EVICT, STORE, STORED, LOAD, LOADED, REFUSE = range(6)
+# Transfers: `moves`, int32[., M_FIELDS].
+M_STEP, M_LOAD, M_REQUEST, M_BLOCKS, M_TOKENS, M_DONE = range(6)
+M_FIELDS = 6
+# The log, `log`, int32[., 7]: what, and up to six values: (step, kind, request, block, identity); (step, request,
+# tokens, computed before) of each in a step; (requests, free blocks, running, waiting, preempted, empty calls) of a
+# step; (step, request, tokens asked, tokens hit, after preemption); (step, request, blocks, tokens); a block of the
+# next row of `moves`; (code, value) of the tier.
+LOG_EVENT, LOG_ROW, LOG_STEP, LOG_LOOKUP, LOG_PREEMPTION, LOG_MOVED, LOG_TIER = range(7)
+LOG_FIELDS = 7
+
+# Chunks, by identity: `ids`, int64[., 7]: links of the list that it is in, loads that read it, how often it was on
+# offer, the last offer that it was part of (negative if that stored it), its list, whether it is being loaded.
+I_NEXT, I_PREVIOUS, I_READERS, I_OFFERED, I_MARK, I_WHERE, I_BEING = range(7)
+I_FIELDS = 7
+B_HAND = 6  # a further column of `blk`: the call that handed the block out last
+
+# Rows of `jobs`: all, free ones, loads and stores of this call, those that the worker has, stores that it has not
+# begun, requests that load since this call; then those that end with the first call under way, with the second, and
+# scratch.
+ALL, SPARE, LOADS, STORES, WORKING, WAITING_FOR, LOADING_NOW, ENDED = range(8)
+JOB_LISTS = 10
+NOW = 2  # row of `flight`: the present call, (request, tokens, whether admitted)
+
+DONE, STUCK, LIVELOCK = range(3)
+
+
+#: Options of functions that only compiled ones call: they have no entry from Python, and do not count references to the
+#: arrays, which the run keeps. Compiling either would take far longer than compiling what they do.
+INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "_nrt": False}
+
+
+class State(NamedTuple):
+    """All arrays of a run; few, for each costs where a function takes them."""
+
+    p: Any
+    g: Any
+    req: Any
+    blk: Any  # int32[num_blocks + 1, 7]
+    first: Any
+    table: Any
+    slots: Any  # int32[slots + 1, 2]: free ones, and what still needs each; last row: how many are free
+    chain: Any
+    chain_at: Any
+    flags: Any  # uint8, as chain
+    ids: Any
+    lists: Any
+    target: Any  # float64[1], of ARC
+    job: Any
+    nodes: Any  # int32[., 4]: chunk of a request's chain, next; block, next
+    jobs: Any  # int32[JOB_LISTS, .]
+    flight: Any  # int32[3, ., 3]: requests of the calls under way, (request, tokens, whether sampled); see NOW
+    defer: Any  # int64[., 4]: blocks that will be free: (after so many steps, slot, blocks, request)
+    gone: Any  # int32: finished since the last call
+    come: Any
+    aborts: Any
+    log: Any
+    moves: Any

@@ -1,0 +1,343 @@
+"""The scheduler with a connector: `Scheduler.schedule`, `update_from_output`, and the engine core's loop (0.32.0).
+
+As `vllm_v1.schedule` and `loop`, with what a connector that loads asynchronously changes: those that wait and have
+blocks stand in a queue of their own, which goes first; with several steps under way, blocks are free only once every
+step that may write to them is done, and whose blocks would not be free at once is not preempted.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+from __future__ import annotations
+
+import numpy as np
+
+from kvtrace_replay.schedulers.vllm_v1.layout import (
+    G_FREE,
+    X_DUE,
+    X_REQUEST,
+)
+from kvtrace_replay.schedulers.vllm_v1.offload.admission import (
+    put,
+    schedule_waiting,
+)
+from kvtrace_replay.schedulers.vllm_v1.offload.connector import (
+    hear,
+    plan,
+    work,
+)
+from kvtrace_replay.schedulers.vllm_v1.offload.layout import (
+    ABSENT,
+    DONE,
+    ENDED,
+    FINISHED,
+    G_ABORTS,
+    G_ARRIVED,
+    G_BEGUN,
+    G_BUDGET,
+    G_CALL,
+    G_CALL_PREEMPTED,
+    G_CALLED,
+    G_DONE,
+    G_EMPTY,
+    G_EMPTY_ROW,
+    G_FLIGHT,
+    G_FLIGHTS,
+    G_GONE,
+    G_HOLDING,
+    G_IDLE,
+    G_JOBS,
+    G_LEFT,
+    G_PREEMPTED,
+    G_RUNNING,
+    G_SCHEDULED,
+    G_WAITING,
+    INNER,
+    K_LOADED,
+    L_ABORTED,
+    L_MOST,
+    L_PROMPT,
+    L_REASON,
+    L_STOP,
+    L_VICTIM,
+    LEAVING,
+    LIVELOCK,
+    LOADING,
+    LOG_ROW,
+    LOG_STEP,
+    NOW,
+    O_FIRST,
+    O_LAST,
+    P_ADAPTIVE,
+    P_ASYNC,
+    P_BUDGET,
+    P_LONG,
+    P_MAX_BATCHED,
+    P_MAX_LEN,
+    P_PATIENCE,
+    P_POLLS,
+    P_PRIORITY,
+    P_SKIPS_FINISHING,
+    R_BLOCKS,
+    R_CHUNK,
+    R_COMPUTED,
+    R_FLIGHT,
+    R_HOLDERS,
+    R_LAST_STEP,
+    R_NEXT,
+    R_PREFILLING,
+    R_PREV,
+    R_STATUS,
+    R_TOKENS,
+    RUNNING,
+    RUNS,
+    STUCK,
+    WAITING,
+    WAITS,
+)
+from kvtrace_replay.schedulers.vllm_v1.offload.requests import (
+    blocks_of,
+    cache_up_to,
+    end_of,
+    enqueue,
+    finish,
+    free_deferred,
+    may_free,
+    preempt,
+    release,
+    take,
+)
+from kvtrace_replay.schedulers.vllm_v1.offload.tier import (
+    write,
+)
+from kvtrace_replay.schedulers.vllm_v1.words import ABORTED
+from kvtrace_traces.compile import njit
+
+
+@njit(cache=False, **INNER)
+def wants(s, request):
+    """Tokens that a running request has to compute, for all that is known."""
+    req = s.req
+    computed, holders = np.int64(req[request, R_COMPUTED]), np.int64(req[request, R_HOLDERS])
+    if s.p[P_SKIPS_FINISHING] and holders > 0 and computed + 2 - holders >= req[request, L_MOST]:
+        return np.int64(0)
+    return min(req[request, R_TOKENS] + holders - computed, s.p[P_MAX_LEN] - 1 - computed)
+
+
+@njit(cache=False, **INNER)
+def victim_of(s):
+    end = end_of(s, RUNS)
+    chosen = np.int64(s.req[end, R_PREV])
+    if s.p[P_PRIORITY]:
+        request = np.int64(s.req[end, R_NEXT])
+        chosen = request
+        while request != end:
+            if s.req[request, L_VICTIM] > s.req[chosen, L_VICTIM]:
+                chosen = request
+            request = np.int64(s.req[request, R_NEXT])
+    return chosen
+
+
+@njit(cache=False, **INNER)
+def take_off(s, request):
+    """A victim that this call had scheduled is not any more, and its tokens return to the budget."""
+    n, at = s.g[G_SCHEDULED], 0
+    while at < n and s.flight[NOW, at, 0] != request:
+        at += 1
+    if at == n:
+        return
+    s.g[G_BUDGET] += s.flight[NOW, at, 1]
+    for i in range(at, n - 1):
+        for k in range(3):
+            s.flight[NOW, i, k] = s.flight[NOW, i + 1, k]
+    s.g[G_SCHEDULED] = n - 1
+
+
+@njit(cache=False, **INNER)
+def schedule_running(s, limit):
+    g, req, end = s.g, s.req, end_of(s, RUNS)
+    request = np.int64(req[end, R_NEXT])
+    while request != end and g[G_BUDGET] > 0:
+        tokens = wants(s, request)
+        if tokens <= 0:
+            request = np.int64(req[request, R_NEXT])
+            continue
+        computed = np.int64(req[request, R_COMPUTED])
+        if 0 < limit < req[request, R_TOKENS] + req[request, R_HOLDERS] - computed:
+            tokens = min(tokens, limit)
+        tokens = min(tokens, g[G_BUDGET])
+        need = blocks_of(s, min(computed + tokens, s.p[P_MAX_LEN])) - req[request, R_BLOCKS]
+        while need > g[G_FREE]:
+            victim = victim_of(s)
+            if not may_free(s, victim):
+                return  # its blocks would not be free at once
+            if s.p[P_PRIORITY]:
+                take_off(s, victim)
+            preempt(s, victim)
+            if victim == request:
+                return
+        if need > 0:
+            take(s, request, need)
+        cache_up_to(s, request, min(computed + tokens, np.int64(req[request, R_TOKENS])))
+        put(s, request, tokens, 0)
+        request = np.int64(req[request, R_NEXT])
+
+
+@njit(cache=False, **INNER)
+def schedule(s):
+    g, req = s.g, s.req
+    g[G_CALL] += 1
+    g[G_SCHEDULED], g[G_CALL_PREEMPTED] = 0, 0
+    g[G_BUDGET] = s.p[P_BUDGET]
+    limit = s.p[P_LONG]
+    eligible = g[G_RUNNING] + g[G_WAITING] + g[G_HOLDING]
+    if eligible <= 1:
+        limit = 0
+    elif limit > 0 and s.p[P_ADAPTIVE]:
+        limit = max(limit, s.p[P_MAX_BATCHED] // eligible)
+    schedule_running(s, limit)
+    if g[G_CALL_PREEMPTED] == 0:
+        schedule_waiting(s, limit)
+    plan(s)
+    n = g[G_SCHEDULED]
+    if n > 0:
+        g[G_CALLED] += 1
+    for i in range(n):
+        request, tokens = s.flight[NOW, i, 0], s.flight[NOW, i, 1]
+        computed = req[request, R_COMPUTED] + tokens
+        known = req[request, R_TOKENS] + req[request, R_HOLDERS]
+        write(s, LOG_ROW, g[G_BEGUN], request, tokens, req[request, R_COMPUTED], 0, 0)
+        req[request, R_COMPUTED] = computed
+        req[request, R_FLIGHT] += tokens
+        req[request, R_LAST_STEP] = g[G_CALLED]
+        req[request, R_CHUNK] = computed < known
+        if computed >= known:
+            req[request, R_PREFILLING] = 0
+            if s.p[P_ASYNC]:
+                req[request, R_HOLDERS] += 1
+        if req[request, O_FIRST] < 0:
+            req[request, O_FIRST] = g[G_BEGUN]
+        req[request, O_LAST] = g[G_BEGUN]
+    g[G_BUDGET] = -1  # outside a call
+    if n > 0:
+        waiting = g[G_WAITING] + g[G_HOLDING]
+        write(s, LOG_STEP, n, g[G_FREE], g[G_RUNNING], waiting, g[G_PREEMPTED], g[G_EMPTY_ROW])
+        g[G_BEGUN] += 1
+        g[G_PREEMPTED], g[G_EMPTY_ROW], g[G_EMPTY] = 0, 0, 0
+        g[G_IDLE] += 1
+    else:
+        g[G_EMPTY_ROW] += 1
+        g[G_EMPTY] += 1
+
+
+# ---------------------------------------------------------------- outputs, and the loop
+
+
+@njit(cache=False, **INNER)
+def update(s, of):
+    """`update_from_output` of the call `of` in `flight`, then what its worker says of transfers."""
+    g, req = s.g, s.req
+    n = g[G_FLIGHT + 2 * of]
+    if n > 0:
+        g[G_DONE] += 1
+        free_deferred(s)
+    for i in range(n):
+        request, tokens, sampled = np.int64(s.flight[of, i, 0]), s.flight[of, i, 1], s.flight[of, i, 2]
+        status = req[request, R_STATUS]
+        if status in (FINISHED, LEAVING):
+            continue
+        req[request, R_FLIGHT] -= tokens
+        if not sampled:
+            continue
+        req[request, R_TOKENS] += 1
+        g[G_IDLE] = 0
+        if s.p[P_ASYNC]:
+            req[request, R_HOLDERS] -= 1
+            if status == RUNNING:
+                cache_up_to(s, request, np.int64(req[request, R_COMPUTED] - req[request, R_HOLDERS]))
+        if req[request, R_TOKENS] >= req[request, L_STOP]:
+            finish(s, request, req[request, L_REASON])
+    loaded = s.jobs[ENDED + 2]
+    many = hear(s, s.jobs[ENDED + of], g[G_FLIGHT + 2 * of + 1], loaded)
+    for i in range(many):
+        request = np.int64(loaded[i])
+        if req[request, R_STATUS] == LEAVING:
+            req[request, R_STATUS] = FINISHED
+            g[G_LEFT] -= 1
+            release(s, request)
+        else:
+            req[request, K_LOADED] = 1
+
+
+@njit(cache=False, **INNER)
+def arrive(s, idle):
+    g, due = s.g, s.g[G_BEGUN]
+    if idle and g[G_ARRIVED] < s.come.shape[0]:
+        due = max(due, s.come[g[G_ARRIVED], X_DUE])
+    while g[G_ARRIVED] < s.come.shape[0] and s.come[g[G_ARRIVED], X_DUE] <= due:
+        request = s.come[g[G_ARRIVED], X_REQUEST]
+        s.req[request, R_STATUS], s.req[request, R_TOKENS] = WAITING, s.req[request, L_PROMPT]
+        enqueue(s, WAITS, request, False)
+        g[G_ARRIVED] += 1
+        if s.req[request, L_ABORTED]:  # before it came
+            finish(s, request, ABORTED)
+
+
+@njit(cache=False, **INNER)
+def abort(s):
+    g = s.g
+    while g[G_ABORTS] < s.aborts.shape[0] and s.aborts[g[G_ABORTS], 0] <= g[G_BEGUN]:
+        request = s.aborts[g[G_ABORTS], 2]
+        status = s.req[request, R_STATUS]
+        if status == ABSENT:
+            s.req[request, L_ABORTED] = 1
+        if status in (WAITING, RUNNING, LOADING):
+            finish(s, request, ABORTED)
+        g[G_ABORTS] += 1
+
+
+@njit(cache=False, **INNER)
+def unfinished(s):
+    g = s.g
+    return g[G_RUNNING] + g[G_WAITING] + g[G_HOLDING] > 0 or g[G_GONE] + g[G_LEFT] + g[G_JOBS] > 0
+
+
+@njit(_nrt=False)
+def run(s):
+    """Run to the end. Returns DONE, STUCK where nothing can ever be scheduled, or LIVELOCK."""
+    g = s.g
+    depth = 2 if s.p[P_ASYNC] else 1
+    g[G_BUDGET] = -1
+    while True:
+        arrive(s, False)
+        abort(s)
+        if g[G_FLIGHTS] == 0 and not unfinished(s):
+            if g[G_ARRIVED] == s.come.shape[0]:
+                return DONE
+            arrive(s, True)
+            continue
+        if unfinished(s):
+            schedule(s)
+            if g[G_EMPTY] > 20 + 2 * s.p[P_POLLS]:
+                return STUCK
+            of = g[G_FLIGHTS]
+            for i in range(g[G_SCHEDULED]):
+                request = s.flight[NOW, i, 0]
+                s.flight[of, i, 0], s.flight[of, i, 1] = request, s.flight[NOW, i, 1]
+                s.flight[of, i, 2] = not s.req[request, R_CHUNK]
+            g[G_FLIGHT + 2 * of] = g[G_SCHEDULED]
+            g[G_FLIGHT + 2 * of + 1] = work(s, s.jobs[ENDED + of])
+            g[G_FLIGHTS] += 1
+            if g[G_FLIGHTS] < depth and (g[G_SCHEDULED] > 0 or unfinished(s)):
+                continue
+        if g[G_FLIGHTS] > 0:
+            update(s, 0)
+            if g[G_FLIGHTS] == 2:
+                n, m = g[G_FLIGHT + 2], g[G_FLIGHT + 3]
+                for i in range(n):
+                    for k in range(3):
+                        s.flight[0, i, k] = s.flight[1, i, k]
+                for i in range(m):
+                    s.jobs[ENDED, i] = s.jobs[ENDED + 1, i]
+                g[G_FLIGHT], g[G_FLIGHT + 1] = n, m
+            g[G_FLIGHTS] -= 1
+        if g[G_IDLE] > s.p[P_PATIENCE]:
+            return LIVELOCK
