@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but the input was damaged o
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -107,6 +108,10 @@ class Cli(click.Group):
         except BrokenPipeError:
             _let_go_of_stdout()
             code = 0
+        except OSError as error:  # of the last flush
+            _let_go_of_stdout()
+            _say(f"error: cannot write the output: {error.strerror or error}")
+            code = 1
         sys.exit(code)
 
     def _run(self, args: Sequence[str] | None, prog_name: str, complete_var: str | None, extra: dict[str, Any]) -> int:
@@ -131,11 +136,22 @@ class Cli(click.Group):
                 raise
             _say(f"error: {_one_line(str(error))}")
             return 2 if isinstance(error, UsageError) else 1
-        except Exception as error:
-            if _debugging():
-                raise
-            _say(f"error: {type(error).__name__}: {_one_line(str(error))} (KVTRACE_DEBUG=1 shows where)")
+        except OSError as error:
+            if _debugging() or error.errno != errno.ENOSPC:
+                return _unexpected(error)
+            _let_go_of_stdout()
+            _say("error: cannot write the output: no space left on the device")
             return 1
+        except Exception as error:
+            return _unexpected(error)
+
+
+def _unexpected(error: Exception) -> int:
+    """Say in one line what nobody foresaw; raise it where someone debugs."""
+    if _debugging():
+        raise error
+    _say(f"error: {type(error).__name__}: {_one_line(str(error))} (KVTRACE_DEBUG=1 shows where)")
+    return 1
 
 
 def _say(text: str) -> None:

@@ -65,6 +65,8 @@ def command(arguments: tuple[str, ...], schema: bool, unsafe: bool, output: Outp
 def split(arguments: tuple[str, ...]) -> tuple[list[Path], str | None]:
     """The paths and the query. Raises UsageError where there is no path, or one that does not exist."""
     words = list(arguments)
+    if len(words) > 1 and not words[-1].strip():
+        raise UsageError("the query is empty: leave it out for a prompt, or write SQL")
     # A path that was mistyped should not end as a syntax error: a query has at least two words.
     is_query = bool(words) and not _exists(words[-1]) and len(words[-1].split()) > 1
     query = words.pop() if is_query else None

@@ -76,6 +76,30 @@ def test_closed_pipe_ends_quietly(thrash: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "[\n", "")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device to write to")
+@pytest.mark.parametrize("words", [["info"], ["stats", "--csv"]])
+def test_a_full_disk_is_one_line(words: list[str], thrash: Path) -> None:
+    command = [sys.executable, "-m", "kvtrace", words[0], str(thrash), *words[1:]]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "kvtrace: error: cannot write the output: no space left on the device"
+    assert "Traceback" not in done.stderr
+
+
+def test_an_empty_query(kvtrace_cli: Callable[..., Any], thrash: Path) -> None:
+    done = kvtrace_cli("sql", thrash, "")
+    assert (done.code, done.out) == (2, "")
+    assert "the query is empty" in done.err
+
+
+def test_no_folder_to_write_into(kvtrace_cli: Callable[..., Any], thrash: Path, tmp_path: Path) -> None:
+    for words in (("export", "csv", thrash, "-o"), ("simulate", thrash, "-o"), ("report", thrash, "-o")):
+        done = kvtrace_cli(*words, tmp_path / "nowhere" / "out.kvt")
+        assert done.code == 2, words
+        assert "there is no folder" in done.err
+
+
 def test_ctrl_c_is_130_in_one_line(thrash: Path) -> None:
     query = "SELECT count(*) FROM range(100000000) a, range(1000000) b WHERE a.range % 7 = b.range % 5"
     child = subprocess.Popen(
@@ -85,7 +109,7 @@ def test_ctrl_c_is_130_in_one_line(thrash: Path) -> None:
     try:
         deadline = time.monotonic() + 60
         while child.poll() is None and time.monotonic() < deadline:
-            time.sleep(1.5)  # long enough to be in the query; a Ctrl-C during compilation may get lost there
+            time.sleep(4)  # long enough to be in the query; a Ctrl-C during compilation may get lost there
             child.send_signal(signal.SIGINT)
         _, err = child.communicate(timeout=5)
     finally:

@@ -49,4 +49,7 @@ def run(format: str, trace: Any, out: str | Path, force: bool = False) -> dict[s
         near = difflib.get_close_matches(format, known, 1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UsageError(f"unknown format {format!r}: {hint}formats are {', '.join(known)}")
-    return known[format].write(trace, Path(out), force)
+    out = Path(out)
+    if not out.parent.is_dir():
+        raise UsageError(f"there is no folder {out.parent}")
+    return known[format].write(trace, out, force)
