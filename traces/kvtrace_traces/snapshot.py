@@ -100,7 +100,10 @@ def _snapshot(
             return np.full(len(values), -1, np.int32)
         place = np.minimum(np.searchsorted(hashes, values, sorter=order), len(hashes) - 1)
         found = order[place]
-        return np.where(hashes[found] == values, found, -1).astype(np.int32)
+        known = hashes[found] == values
+        if column == 3:
+            known &= values != 0  # a parent of 0 is none
+        return np.where(known, found, -1).astype(np.int32)
 
     free = np.concatenate(queue) if queue else np.empty(0, np.uint32)
     return Snapshot(preempted, live, rows[:, 0].astype(np.int32), dense(1), dense(3), free.astype(np.int32))

@@ -26,19 +26,19 @@ class Prepared:
     hit_cap: npt.NDArray[np.int32]
     block_size: int
     warmup_steps: int  # so many requests (object) or events (prefix) are replayed before counting starts
+    carried: int  # the first requests are the state that a cut begins with
     requests: int  # counted ones, and what they look up
     block_lookups: int
     token_lookups: int
-    longest_chain: int  # the most blocks of one request; 0 in object semantics, where it holds none
+    longest_chain: int  # the most blocks of one request, carried ones apart; 0 in object semantics, where it holds none
     concurrent: bool  # requests overlap: recorded lifetimes
     parents: npt.NDArray[np.int32]  # of each block in the tree, as of `as_paths`; empty unless in radix semantics
 
     def largest_request(self) -> int:
         """The most distinct blocks that one request holds at once."""
         stream = self.stream
-        return int(
-            stream.share("largest_request", lambda: _largest_request(stream.refs, stream.indptr, stream.n_identities))
-        )
+        indptr = stream.indptr[self.carried :]
+        return int(stream.share("largest_request", lambda: _largest_request(stream.refs, indptr, stream.n_identities)))
 
 
 def _read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -49,7 +49,7 @@ def _read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def prepare(workload: Workload, semantics: str, warmup: float) -> Prepared:
-    """`workload` under `semantics`; its first requests, a share `warmup`, are left out of what is counted."""
+    """`workload` under `semantics`; carried requests and then a share `warmup` are not counted."""
     by_content = semantics == "object" and workload.raw is not None
     refs = workload.raw if by_content and workload.raw is not None else workload.identities
     n_identities, parents = distinct_blocks(workload, semantics), _NO_PARENTS
@@ -81,13 +81,13 @@ def prepare(workload: Workload, semantics: str, warmup: float) -> Prepared:
         **known,
     )
     whole = semantics == "object"
-    skipped = int(warmup * n)
+    skipped = workload.skipped(warmup)
     if whole:
         counted, steps = np.arange(skipped, n), skipped
     else:
         admissions = np.flatnonzero(events > 0)
         counted = events[admissions[skipped:]] - 1
-        steps = int(admissions[skipped]) if skipped else 0
+        steps = int(admissions[skipped]) if 0 < skipped < n else events.size if skipped else 0
     lookups = np.diff(workload.indptr) if whole else workload.prompt_blocks
     return Prepared(
         stream=stream,
@@ -95,12 +95,13 @@ def prepare(workload: Workload, semantics: str, warmup: float) -> Prepared:
         hit_cap=_read_only(workload.hit_cap),
         block_size=workload.block_size,
         warmup_steps=steps,
+        carried=workload.carried,
         requests=counted.size,
         block_lookups=int(lookups[counted].sum(dtype=np.int64)),
         token_lookups=int(
             workload.token_counts()[counted].sum() if whole else workload.prompt_tokens[counted].sum(dtype=np.int64)
         ),
-        longest_chain=0 if whole or not n else int(np.diff(workload.indptr).max()),
+        longest_chain=0 if whole else int(np.diff(workload.indptr[workload.carried :]).max(initial=0)),
         concurrent=workload.schedule is not None,
         parents=_read_only(parents),
     )

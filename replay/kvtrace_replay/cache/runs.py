@@ -42,8 +42,8 @@ UNUSED = np.zeros(0, np.int32)
 _NEVER_SEEN = np.zeros(0, np.uint8)
 
 Row = dict[str, Any]
-# Told of each cell that was run: its row, hit blocks int64[n_requests], and uint8[n_requests], not 0 for the requests
-# of which a block found no place.
+# Told of each cell that was run: its row, hit blocks int64[n], and uint8[n], not 0 for the requests of which a block
+# found no place; of all n requests but the carried ones.
 PerCell = Callable[[Row, npt.NDArray[np.int64], npt.NDArray[np.uint8]], None]
 
 
@@ -64,7 +64,8 @@ def replay(
         policy: name or names, see `kvtrace_replay.policies`.
         capacity: usable blocks, `math.inf`, or any form of `parse_capacity`; one or several.
         semantics: "object", "prefix" or "radix", or several.
-        warmup: this share of the requests, from the first admitted on, fills the cache and is not counted.
+        warmup: this share of the requests, from the first admitted on, fills the cache and is not counted. What a cut
+            carries in (`Workload.carried`) fills it before, and is not among the requests.
         per_cell: called after each cell, in order, with its figures by request, warm-up included.
         threads: runs at a time; default: one per core for large workloads, else one.
 
@@ -115,7 +116,7 @@ def replay_requests(
     capacity: int | float | str = math.inf,
     semantics: str = "prefix",
 ) -> npt.NDArray[np.int64]:
-    """Hit blocks of each request, int64[n_requests], to compare with what the engine itself reported.
+    """Hit blocks of each request but the carried ones, int64[n], to compare with what the engine itself reported.
 
     Arguments as in `replay`, one of each. Raises KvtraceError where the capacity cannot hold the largest
     request, and whatever `replay` raises.
@@ -127,7 +128,7 @@ def replay_requests(
     why = too_small(run, size)
     if why is not None:
         raise KvtraceError(why)
-    return _drive(entry, run, size)[0]
+    return _drive(entry, run, size)[0][run.carried :]
 
 
 def _listed(value: Any, what: str) -> list[Any]:
@@ -236,4 +237,4 @@ def _row(entry: Policy, run: Prepared, capacity: int | float, warmup: float) -> 
     for kind in ("block", "token"):
         if row[f"{kind}_lookups"] > 0:
             row[f"{kind}_hit_ratio"] = row[f"{kind}_hits"] / row[f"{kind}_lookups"]
-    return row, (hits, overflowed)
+    return row, (hits[run.carried :], overflowed[run.carried :])

@@ -95,7 +95,7 @@ def lru_curve(workload: Workload, semantics: str = "prefix", warmup: float = 0.0
         raise UsageError(f"warm-up {warmup} must be a share of the requests, 0 or more and below 1")
     workload.validate()
     n = distinct_blocks(workload, semantics)
-    skipped = int(warmup * workload.n_requests)
+    skipped = workload.skipped(warmup)
     args: tuple[Any, ...]
     hits = np.zeros(n + 1, np.int64)
     partial = bool((workload.last_tokens < workload.block_size).any())
@@ -125,7 +125,7 @@ def lru_curve(workload: Workload, semantics: str = "prefix", warmup: float = 0.0
         exact_from = int(recorded_kernel(*args))
     seconds = time.perf_counter() - begin
     if semantics == "prefix":
-        largest = max(1, largest_request(*chains, n))
+        largest = max(1, largest_request(chains[0], chains[1][workload.carried :], n))
         exact_from = max(exact_from, largest)
     np.cumsum(hits, out=hits)
     np.cumsum(short, out=short)
@@ -167,8 +167,9 @@ def lookups(workload: Workload, semantics: str, skipped: int) -> tuple[int, int,
 
 
 def _admission(events: I64, skipped: int) -> int:
-    """The place in `events` of admission number `skipped`."""
-    return int(np.flatnonzero(events > 0)[skipped]) if skipped else 0
+    """The place in `events` of admission number `skipped`, their end where there is none."""
+    admissions = np.flatnonzero(events > 0)
+    return int(admissions[skipped]) if skipped < admissions.size else events.size if skipped else 0
 
 
 def read_only(array: npt.NDArray[Kind]) -> npt.NDArray[Kind]:

@@ -138,7 +138,7 @@ def smallest_capacity(workload: Workload, semantics: str) -> int:
     """Distinct blocks of the largest request, which every prefix cache must hold; 1 in object semantics."""
     if semantics == "object":
         return 1
-    chains = read_only(workload.identities), read_only(workload.indptr)
+    chains = read_only(workload.identities), read_only(workload.indptr)[workload.carried :]
     return max(1, int(largest_request(*chains, workload.n_identities)))
 
 

@@ -98,6 +98,10 @@ class Sampled:
     ) -> None:
         """Draws the samples. Raises UsageError where nothing was drawn, and whatever `Exact` raises."""
         workload.validate()
+        if workload.carried:
+            raise UsageError(
+                "this cut begins with a filled cache, of which a sample would need its part: leave out --sample"
+            )
         self.workload, self.semantics, self.rate, self.warmup = workload, semantics, rate, warmup
         self.units = block_units(workload, seed) if semantics == "object" else chain_units(workload, rate, seed)
         self.counted = lookups(workload, semantics, int(warmup * workload.n_requests))

@@ -54,9 +54,11 @@ def working_sets(workload: Workload, window: str | int, semantics: str = "prefix
     """
     length_ns, length_requests = parse_window(window)
     workload.validate()
-    n = workload.n_requests
+    n = workload.n_requests - workload.carried  # what a cut carries in did not arrive in it
     arrival = workload.arrival_ns
-    order = np.arange(n) if arrival is None else np.argsort(arrival, kind="stable")
+    order = workload.carried + (
+        np.arange(n) if arrival is None else np.argsort(arrival[workload.carried :], kind="stable")
+    )
     start_ns = 0
     if length_requests is not None:
         number = np.arange(n, dtype=np.int64) // length_requests
@@ -64,7 +66,7 @@ def working_sets(workload: Workload, window: str | int, semantics: str = "prefix
         raise UsageError(f"this trace knows no arrival times: write {_OF_REQUESTS} instead of {window}")
     else:
         assert length_ns is not None
-        start_ns = int(arrival.min()) if n else 0
+        start_ns = int(arrival[order[0]]) if n else 0
         number = (arrival[order] - start_ns) // length_ns
     windows = int(number[-1]) + 1 if n else 0
     if windows > _MOST_WINDOWS:

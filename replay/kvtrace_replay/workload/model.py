@@ -44,6 +44,8 @@ class Workload:
             unknown.
         held_tokens: int64[n_requests]; tokens whose keys each request held at its end, prompt and output; None when
             unknown.
+        carried: so many requests, the first ones in number and in order of admission, are the state that a cut trace
+            begins with (`workload.carried`). They fill the cache and are never counted.
     """
 
     identities: I32
@@ -62,6 +64,12 @@ class Workload:
     priority: I32 | None = None
     request_class: I32 | None = None
     held_tokens: I64 | None = None
+    carried: int = 0
+
+    def skipped(self, warmup: float) -> int:
+        """How many requests, in order of admission, come before the first that is counted: those carried, and the
+        share `warmup` of the others."""
+        return self.carried + int(warmup * (self.n_requests - self.carried))
 
     def token_counts(self) -> I64:
         """int64[n_requests]: tokens in all entries of each chain."""
@@ -70,11 +78,13 @@ class Workload:
 
     def empty_slots(self) -> tuple[int, int] | None:
         """Internal fragmentation: (token slots that stayed empty in the requests' last blocks, token slots of all their
-        blocks), summed over the requests at their ends, each counted alone. None where their lengths are unknown."""
+        blocks), summed over the requests but carried ones at their ends, each counted alone. None where their lengths
+        are unknown."""
         if self.held_tokens is None:
             return None
-        slots = -(-self.held_tokens // self.block_size) * self.block_size
-        return int((slots - self.held_tokens).sum()), int(slots.sum())
+        held = self.held_tokens[self.carried :]
+        slots = -(-held // self.block_size) * self.block_size
+        return int((slots - held).sum()), int(slots.sum())
 
     @property
     def n_requests(self) -> int:
@@ -121,6 +131,8 @@ class Workload:
             _fail(f"block_size is {self.block_size}, it must be 1 or more")
         if self.source not in ("recorded", "import"):
             _fail(f"source is {self.source!r}, it must be 'recorded' or 'import'")
+        if not 0 <= self.carried <= self.n_requests:
+            _fail(f"carried is {self.carried}, it must lie between 0 and the number of requests")
 
     def _check_chains(self) -> None:
         lengths = np.diff(self.indptr)
@@ -158,6 +170,8 @@ class Workload:
         admission[requests[admitted]] = position[admitted]
         if (admission[requests[~admitted]] > position[~admitted]).any():
             _fail("schedule must finish no request before its admission")
+        if (schedule[admitted][: self.carried] > self.carried).any():
+            _fail("schedule must admit the carried requests before all others")
 
 
 def _fail(what: str) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from kvtrace_replay.workload.carried import NOTHING, carried_state
 from kvtrace_replay.workload.model import Workload
 from kvtrace_traces.compile import njit
 from kvtrace_traces.errors import KvtraceError, UsageError
@@ -33,9 +34,10 @@ def from_trace(trace: Any, block_size: int | None = None, engine_index: int | No
         block_size: tokens a block; default the trace's own; any multiple of its granule.
         engine_index: which engine of a trace that has several (the caller loops); default: the first.
 
-    Recorded requests that were never admitted (no first step) are left out. Raises UsageError for a block
-    size that is no multiple of the granule or an engine that is not there, KvtraceError for a trace
-    without chains.
+    Recorded requests that were never admitted (no first step) are left out. Before those of a cut stand `carried`
+    ones, the state that it begins with (`carried_state`). Raises UsageError for a block size that is no multiple of
+    the granule, or of the engine's own in such a cut, or an engine that is not there, KvtraceError for a trace without
+    chains.
     """
     header = _header(trace, engine_index)
     engine_index = int(header["engine_index"])
@@ -53,9 +55,16 @@ def from_trace(trace: Any, block_size: int | None = None, engine_index: int | No
     requests = trace.requests.filter(pl.col("engine_index") == engine_index).sort("request")
     chains = trace.chains(engine_index)
     rows = _chain_rows(requests, chains.indptr)
+    state = carried_state(trace, header, engine_index, size) if recorded else NOTHING
+    begun, idle = state.begun.size, state.lengths.size
     if recorded:
-        admitted = requests["first_step"].is_not_null().to_numpy()
-        requests, rows = requests.filter(admitted), rows[admitted]
+        admitted = np.flatnonzero(requests["first_step"].is_not_null().to_numpy())
+        numbers = requests["request"].to_numpy()
+        if not np.isin(state.begun, numbers).all():
+            raise KvtraceError(f"{trace.path} lacks requests that were under way when it was cut: it is damaged")
+        before = np.searchsorted(numbers, state.begun)
+        taken = np.concatenate([before, admitted])
+        requests, rows = requests[taken], rows[taken]
     prompt_tokens = requests["prompt_tokens"].cast(pl.Int64).to_numpy().astype(np.int64)
     starts = np.asarray(chains.indptr, np.int64)[rows]
     available = np.asarray(chains.indptr, np.int64)[rows + 1] - starts
@@ -66,6 +75,9 @@ def from_trace(trace: Any, block_size: int | None = None, engine_index: int | No
         hit_cap = np.maximum(prompt_tokens - 1, 0) // size
         if "no_cache_read" in requests.columns:  # vLLM's skip_reading_prefix_cache: such a request never hits
             hit_cap[requests["no_cache_read"].fill_null(False).to_numpy()] = 0
+        hit_cap[:begun] = 0
+        held = np.where(state.cached < 0, 0, np.maximum(prompt_blocks[:begun], state.cached // size))
+        prompt_blocks[:begun] = np.minimum(held, lengths[:begun])
     else:
         lengths = -(-available // stride)
         prompt_blocks = hit_cap = lengths
@@ -73,36 +85,44 @@ def from_trace(trace: Any, block_size: int | None = None, engine_index: int | No
     indptr = np.zeros(lengths.size + 1, np.int64)
     np.cumsum(lengths, out=indptr[1:])
     ids = np.ascontiguousarray(chains.identities, np.int32)
-    n_identities = int(ids.max()) + 1 if ids.size else 0
-    if _as_they_stand(rows, lengths, indptr, chains.indptr):
+    n_identities = max(int(ids.max(initial=-1)), int(state.chains.max(initial=-1))) + 1
+    if not idle and _as_they_stand(rows, lengths, indptr, chains.indptr):
         entries, identities = None, ids
     else:
         entries = _entries(starts, available, indptr, stride)
-        identities, n_identities = _densify(ids[entries], n_identities)
+        references = np.concatenate([state.chains.astype(np.int32), ids[entries]])
+        identities, n_identities = _densify(references, n_identities)
     last_tokens = np.full(lengths.size, size, np.int32)
     if not recorded:
         some = lengths > 0
         last = prompt_tokens - (lengths - 1) * size
         last_tokens[some] = np.clip(last[some], 1, size)
 
+    def led(array: npt.NDArray[Any], value: int = 0) -> Any:
+        """`array` of the requests, with `value` for each idle block that the cut carries in before them."""
+        return np.concatenate([np.full(idle, value, array.dtype), array]) if idle else array
+
     own_bytes = header.get("bytes_per_block")
+    arrivals = _arrivals(requests)
+    priority, classes, held_tokens = _column(requests, "priority", np.int32), _classes(requests), _held_tokens(requests)
     return Workload(
         identities=identities,
-        indptr=indptr,
-        prompt_blocks=prompt_blocks.astype(np.int32),
-        hit_cap=hit_cap.astype(np.int32),
-        prompt_tokens=prompt_tokens,
-        last_tokens=last_tokens,
-        schedule=_schedule(trace, requests, engine_index) if recorded else None,
+        indptr=np.concatenate([[0], np.cumsum(state.lengths), state.chains.size + indptr[1:]]) if idle else indptr,
+        prompt_blocks=led(prompt_blocks.astype(np.int32)),
+        hit_cap=led(hit_cap.astype(np.int32)),
+        prompt_tokens=led(prompt_tokens),
+        last_tokens=led(last_tokens, size),
+        schedule=_schedule(trace, requests, engine_index, idle) if recorded else None,
         raw=_raw(trace, header, engine_index, starts, available, indptr, stride, entries),
         block_size=size,
         n_identities=n_identities,
         source="recorded" if recorded else "import",
         bytes_per_block=None if own_bytes is None else int(own_bytes) * size // own_size,
-        arrival_ns=_arrivals(requests),
-        priority=_column(requests, "priority", np.int32),
-        request_class=_classes(requests),
-        held_tokens=_held_tokens(requests),
+        arrival_ns=None if arrivals is None else led(arrivals, int(arrivals.min())),
+        priority=None if priority is None else led(priority),
+        request_class=None if classes is None else led(classes),
+        held_tokens=led(held_tokens),
+        carried=idle + begun,
     )
 
 
@@ -146,7 +166,7 @@ def _classes(requests: pl.DataFrame) -> I32 | None:
 
 
 def requests_of(trace: Any, engine_index: int | None = None) -> pl.Series:
-    """The numbers (i32) of the requests that `from_trace` takes, in its order."""
+    """The numbers (i32) of the requests that `from_trace` takes, in its order, carried ones apart."""
     header = _header(trace, engine_index)
     requests = trace.requests.filter(pl.col("engine_index") == int(header["engine_index"])).sort("request")
     if header.get("source") != "import":
@@ -262,11 +282,12 @@ def _group(ids: I32, starts: I64, available: I64, indptr: I64, stride: int) -> n
     return grouped
 
 
-def _schedule(trace: Any, requests: pl.DataFrame, engine_index: int) -> I64:
+def _schedule(trace: Any, requests: pl.DataFrame, engine_index: int, idle: int) -> I64:
     """Admissions and finishes in log order.
 
     Within a step admissions come first (vLLM schedules, runs, then takes the outputs), in order of their
     lookups, requests without one by their number; finishes follow in order of time, then of admission.
+    Before all stand the `idle` blocks that a cut carries in, then the requests that had begun before it.
     """
     n = requests.height
     own = trace.lookups.lazy().filter(pl.col("engine_index") == engine_index).with_row_index("order").collect()
@@ -281,7 +302,7 @@ def _schedule(trace: Any, requests: pl.DataFrame, engine_index: int) -> I64:
     )
     late = np.iinfo(np.int64).max
     number = np.arange(n, dtype=np.int64)
-    first_step = table["first_step"].cast(pl.Int64).to_numpy().astype(np.int64)
+    first_step = table["first_step"].cast(pl.Int64).fill_null(-1).to_numpy().astype(np.int64)
     order = table["order"].fill_null(late).to_numpy().astype(np.int64)
     admission = np.lexsort((number, order, first_step))
     rank = np.empty(n, np.int64)
@@ -296,4 +317,6 @@ def _schedule(trace: Any, requests: pl.DataFrame, engine_index: int) -> I64:
     entry = np.concatenate([admission + 1, -(finish + 1)])
     step = np.concatenate([first_step[admission], finish_step[finish]])
     # Stable: admissions, which stand first, stay before the finishes of their step.
-    return np.ascontiguousarray(entry[np.argsort(step, kind="stable")], np.int64)
+    entry = entry[np.argsort(step, kind="stable")]
+    blocks = np.repeat(np.arange(1, idle + 1), 2) * np.tile([1, -1], idle)
+    return np.concatenate([blocks, np.sign(entry) * (np.abs(entry) + idle)]).astype(np.int64)
