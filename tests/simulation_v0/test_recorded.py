@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,13 @@ import polars as pl
 import pytest
 
 import kvtrace
+from kvtrace_replay.schedulers.imported import requests_reaching
 from kvtrace_replay.schedulers.recorded import recorded
-from kvtrace_replay.schedulers.vllm_v0.requests import requests_of, requests_of_table
+from kvtrace_replay.schedulers.vllm_v0.requests import requests_of
 from kvtrace_replay.schedulers.vllm_v0.run import simulate_v0
 from kvtrace_replay.schedulers.vllm_v0.settings import settings_of
 from kvtrace_replay.timing.costs import StepCosts
-from kvtrace_traces.errors import UsageError
+from kvtrace_traces.errors import KvtraceError, UsageError
 
 SAMPLE = Path(__file__).resolve().parents[2] / "traces" / "samples" / "thrash.kvt"
 COSTS = StepCosts(100_000, prefill_token=1000, decode_row=1000, block_in=5000, block_out=5000)
@@ -71,17 +73,24 @@ def test_aborts_and_lengths(source: Any) -> None:
 def test_lengths_alone(source: Any) -> None:
     """As an import has them: without steps and chains."""
     table = kvtrace.open(SAMPLE).requests
+    header = {**source.header, "source": "import", "reuse_known": False}
+
+    def of(requests: pl.DataFrame, timed: bool = False) -> Any:
+        trace = SimpleNamespace(path="lengths.kvt", requests=requests, engines=[header])
+        return requests_reaching(trace, 0, "time" if timed else "all", shares=False)
+
     settings = settings_of(source.header, preemption="swap")
-    run = simulate_v0(requests_of_table(table), settings)
+    run = simulate_v0(of(table), settings)
     assert (run.told[:, :7] == simulate_v0(source, settings).told[:, :7]).all()
-    timed = simulate_v0(requests_of_table(table, "time"), settings, costs=COSTS, by_time=True)
+    timed = simulate_v0(of(table, True), settings, arrivals="time", costs=COSTS)
     assert (timed.ended, timed.finished) == ("done", len(table))
-    first = timed.request_columns()["first_token_ns"]
-    assert (first > (table["arrival_ns"] - table["arrival_ns"].min()).to_numpy()).all()
+    assert (timed.request_columns()["first_token_ns"] > of(table, True).due_ns).all()
     with pytest.raises(UsageError, match="--arrivals step"):
-        requests_of_table(table, "step")
-    for column, arrivals in (("output_tokens", "all"), ("arrival_ns", "time")):
+        requests_reaching(SimpleNamespace(path="lengths.kvt", requests=table, engines=[header]), 0, "step")
+    with pytest.raises(KvtraceError, match="has lengths and no blocks"):
+        requests_reaching(SimpleNamespace(path="lengths.kvt", requests=table, engines=[header]), 0, "all")
+    for column, timed_too in (("output_tokens", False), ("arrival_ns", True)):
         at = pl.when(pl.int_range(pl.len()) == 3).then(None).otherwise(pl.col(column)).alias(column)
-        with pytest.raises(UsageError, match=f"request 3 of the trace has no {column}"):
-            requests_of_table(table.with_columns(at), arrivals)
-    assert requests_of_table(table.clear(), "time").prompt.size == 0
+        with pytest.raises(KvtraceError, match=f"request 3 of lengths.kvt has no {column}"):
+            of(table.with_columns(at), timed_too)
+    assert of(table.clear(), True).prompt.size == 0

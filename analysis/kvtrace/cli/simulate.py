@@ -80,7 +80,7 @@ def spelling(name: str) -> str:
     "simulate",
     epilog=examples(
         "kvtrace simulate traces/samples/thrash.kvt --num-blocks 200,400 --max-num-seqs 16,32",
-        "kvtrace simulate traces/samples/chat.kvt --arrivals time --rate x1,x2,x4",
+        "kvtrace simulate traces/samples/thrash.kvt --arrivals time --rate x1,x2,x4",
     ),
     context_settings={"token_normalize_func": spelling},
 )
