@@ -193,7 +193,7 @@ def test_outputs_are_not_overwritten(tmp_path: Path, format: str) -> None:
     assert out.read_bytes() == before
     with pytest.raises(UsageError, match="give a file name"):
         exporters.run(format, trace, tmp_path, force=True)
-    with pytest.raises(KvtraceError, match="No such file"):
+    with pytest.raises(KvtraceError, match="there is no folder"):
         exporters.run(format, trace, tmp_path / "no" / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
