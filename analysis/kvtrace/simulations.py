@@ -117,7 +117,7 @@ def simulate(
     timing: str | Profile | None = None,
     rate: str | float | Sequence[str | float] | None = None,
     seed: int = 0,
-    pinned: bool = True,
+    pinned: bool | None = None,
     overlap: float = 0.0,
     allow_lossy: bool = False,
 ) -> pl.DataFrame:
@@ -137,8 +137,9 @@ def simulate(
     `engine="vllm-v0"` is vLLM 0.4.2, whose rules are in docs/vllm-v0-semantics.md. It takes num_blocks (there is no
     null block), block_size, max_num_seqs, max_num_batched_tokens, watermark, and for itself `preemption` ("recompute",
     "swap", "hybrid"), `swap_space` (GiB of host memory), `victim` ("last", "most-blocks", "fewest-blocks"), `pinned`
-    (whether that memory is page-locked), `overlap` (how much of the copying runs beside computing, 0 to 1) and `mend`,
-    names of defects that it is not to have. Its rows have what only it does, and nulls for what only V1 does.
+    (whether that memory is page-locked; None: as vLLM has it, where the profile knows), `overlap` (how much of the
+    copying runs beside computing, 0 to 1) and `mend`, names of defects that it is not to have. Its rows have
+    what only it does, and nulls for what only V1 does.
 
     Columns: engine, the settings, arrivals, requests, steps, preemptions, evictions, hit_tokens, lookup_tokens,
     token_hit_ratio, hit_tokens_after_preemption, times (`latencies.SUMMARY`), exact, why (null where exact), seconds

@@ -186,7 +186,7 @@ def command(
     }  # fmt: skip
     found: Simulated | SimulatedV0
     if old:
-        found = simulate_v0_trace(trace, settings, pinned=not pageable, overlap=swap_overlap, **shared)
+        found = simulate_v0_trace(trace, settings, pinned=False if pageable else None, overlap=swap_overlap, **shared)
         output.facts(*facts_v0(found))
     else:
         if pageable or swap_overlap:

@@ -35,7 +35,7 @@ def at_rate(source: Recorded, rate: str | float, seed: int = 0) -> Recorded:
         due = source.due_ns / number
     else:
         due = np.concatenate(
-            [[0.0], np.cumsum(np.random.default_rng(seed).exponential(1e9 / number, due_gaps(source)))]
+            [[0.0], np.cumsum(np.random.default_rng(seed).exponential(1e9 / number, max(source.n_requests - 1, 0)))]
         )
         due = _in_order(source, due)
     if due.max(initial=0) >= LONGEST_NS:
@@ -45,10 +45,6 @@ def at_rate(source: Recorded, rate: str | float, seed: int = 0) -> Recorded:
     whole = np.round(due).astype(np.int64)
     # Priorities break ties by the front end's time.
     return replace(source, due_ns=whole, arrival_s=float(source.arrival_s.min(initial=np.inf)) + whole / 1e9)
-
-
-def due_gaps(source: Recorded) -> int:
-    return max(source.n_requests - 1, 0)
 
 
 def _in_order(source: Recorded, due: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

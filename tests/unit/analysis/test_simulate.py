@@ -222,6 +222,10 @@ def test_per_step(kvtrace_cli: Callable[..., Any], chat: Path, tmp_path: Path) -
     prefills = trace.step_requests.join(trace.requests.select("request", "prompt_tokens"), on="request")
     some = set(prefills.filter(pl.col("computed_before") < pl.col("prompt_tokens"))["step"].to_list())
     assert some <= set(found.filter(pl.col("prefill_requests") > 0)["step"].to_list())
+    # Decode is one token past the prompt; what is computed again after a preemption is prefill, too.
+    decode = (pl.col("tokens") == 1) & (pl.col("computed_before") >= pl.col("prompt_tokens"))
+    sums = prefills.group_by("step").agg(pl.col("tokens").filter(~decode).sum()).sort("step")
+    assert found["prefill_tokens"].to_list() == sums["tokens"].to_list()
 
 
 def test_files_of_a_grid_name_the_cell(kvtrace_cli: Callable[..., Any], chat: Path, tmp_path: Path) -> None:

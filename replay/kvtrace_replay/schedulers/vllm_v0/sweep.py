@@ -54,7 +54,7 @@ def simulate_grid(
     arrivals: str = "all",
     mend: Sequence[str] = (),
     timing: Profile | None = None,
-    pinned: bool = True,
+    pinned: bool | None = None,
     overlap: float = 0.0,
     rate: str | float | None = None,
     seed: int = 0,
@@ -69,7 +69,8 @@ def simulate_grid(
             `parse_amount`. What is not named is the trace's own, or, where another engine has another, 0.4.2's default.
         arrivals: a name of `recorded.ARRIVALS`. mend: names of `settings.DEFECTS` that the engine is not to have.
         timing: what calls cost, and with "hybrid" which of two ways is the cheaper; without, nothing is timed.
-        pinned: whether the CPU blocks are page-locked, as vLLM's are. overlap: as of `StepCosts`.
+        pinned: whether the CPU blocks are page-locked; None: where `timing` knows that, as vLLM's are.
+        overlap: as of `StepCosts`.
         rate, seed: as `arrivals.at_rate` takes them, for "time".
 
     Returns a cell per combination, the last setting varying fastest. Raises UsageError for a setting that is none, and
@@ -139,14 +140,14 @@ def _settings(header: Mapping[str, Any], asked: Mapping[str, Any], mend: Sequenc
     return settings_of(header, float(asked.get("swap_space", SWAP_SPACE_GIB)), mend=frozenset(mend), **changes)
 
 
-def _step_costs(timing: Profile, block_size: int, pinned: bool, moves: bool) -> StepCosts:
+def _step_costs(timing: Profile, block_size: int, pinned: bool | None, moves: bool) -> StepCosts:
     """Raises KvtraceError where blocks move and nobody knows what that costs."""
     if moves:
         timing.needs_link()
     return timing.step_costs(block_size, copies=COPIES, pinned=pinned)
 
 
-def _with_prices(chosen: SettingsV0, timing: Profile, pinned: bool, longest: int) -> SettingsV0:
+def _with_prices(chosen: SettingsV0, timing: Profile, pinned: bool | None, longest: int) -> SettingsV0:
     """What a victim costs either way, ns: its prefill in a call of its own, or its blocks out and in again."""
     most = longest + 2
     blocks = range(-(-most // chosen.block_size) + 1)

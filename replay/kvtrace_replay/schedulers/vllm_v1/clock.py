@@ -52,13 +52,19 @@ def start_call(g, cost):
     return g[G_DEVICE]
 
 
+@njit(cache=False, forceinline=True)
+def decodes(req, request, tokens, before):
+    """Whether a row of a call is decode: one token, past the prompt. All other rows are prefill."""
+    return tokens == 1 and before >= req[request, L_PROMPT]
+
+
 @njit(cache=False)
 def call_cost(p, g, req, sch, st, ends, costs, times, steady):
     """ns of the call just made: `sch` and `steady` requests more, as `schedule` left them."""
     prefill, pairs, rows, context = np.int64(0), np.int64(0), np.int64(steady), np.int64(0)
     for i in range(g[G_SCHEDULED]):
         request, tokens, before = np.int64(sch[i, 0]), np.int64(sch[i, 1]), np.int64(sch[i, 2])
-        if tokens == 1 and before >= req[request, L_PROMPT]:
+        if decodes(req, request, tokens, before):
             rows += 1
             context += before + 1
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvtrace_replay.schedulers.vllm_v1.clock import call_cost, note_steady, note_token, position, start_call
+from kvtrace_replay.schedulers.vllm_v1.clock import call_cost, decodes, note_steady, note_token, position, start_call
 from kvtrace_replay.schedulers.vllm_v1.layout import (
     A_DUE,
     A_LATE,
@@ -280,7 +280,7 @@ def note_step(g, req, sch, rows, step_ns, evictions, begin, end):
     at = g[G_STEP_ROWS]
     n, prefill = g[G_SCHEDULED], 0
     for i in range(n):
-        if sch[i, 1] > 1 or req[sch[i, 0], R_FLAGS] & FLAG_CHUNK:
+        if not decodes(req, sch[i, 0], sch[i, 1], sch[i, 2]):
             prefill += 1
     rows[at, S_REQUESTS] = n + g[G_STEADY_SCHEDULED]
     rows[at, S_TOKENS] = g[G_TOKENS]
