@@ -75,17 +75,18 @@ def step_rows(run: Run) -> list[list[int]]:
 
 def wrong_rows(case: Case, run: Run, rows: list[list[int]]) -> str | None:
     """What is wrong with the kernel's rows of steps."""
+    lost = {(step, request): tokens for step, request, _, tokens in run.preemptions}
     for number, (mine, theirs) in enumerate(zip(rows, step_rows(run), strict=True)):
         if mine[:7] + mine[8:] != theirs:
             return f"row {number}: {mine} instead of {theirs}"
-        if not run.preemptions:  # else a prefill may go beyond the prompt
-            scheduled = run.steps[number][0]
-            prefill = sum(
-                tokens > 1 or computed + tokens < case.requests[request].prompt
-                for request, tokens, computed in scheduled
-            )
-            if mine[7] != prefill:
-                return f"row {number}: {mine[7]} requests in prefill instead of {prefill}"
+        # One token past the prompt is decode, all else prefill. A victim that stays scheduled (up to 0.11.0) counts as
+        # what it was scheduled as.
+        prefill = sum(
+            tokens > 1 or lost.get((number, request), computed) < case.requests[request].prompt
+            for request, tokens, computed in run.steps[number][0]
+        )
+        if mine[7] != prefill:
+            return f"row {number}: {mine[7]} requests in prefill instead of {prefill}"
     return None
 
 
