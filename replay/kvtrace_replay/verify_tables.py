@@ -35,6 +35,7 @@ def across(trace: Any, mine: Any, begun: Snapshot | None = None) -> list[dict[st
         _preempted(preemptions, steps, 0 if begun is None else begun.preempted),
         _bounds(requests, spans, carried),
         _times(events, steps),
+        _outputs(steps, requests),
     ]
 
 
@@ -98,3 +99,18 @@ def _times(events: pl.DataFrame, steps: pl.DataFrame) -> dict[str, Any]:
     first = f"step {wrong['step'][0]}" if wrong.height else None
     rule = "blocks are handed out and hit in the scheduler call of their step"
     return check("event steps", rule, joined.height, wrong.height, first)
+
+
+def _outputs(steps: pl.DataFrame, requests: pl.DataFrame) -> dict[str, Any]:
+    """Outputs arrive after their call began, in the order of the calls; a request that ends by itself ends with one."""
+    arrived = steps.filter(pl.col("end_ns").is_not_null())
+    late = arrived.filter(
+        (pl.col("end_ns") < pl.col("start_ns")) | (pl.col("end_ns") < pl.col("end_ns").shift(1).fill_null(0))
+    )
+    ended = requests.filter(pl.col("finish_reason").cast(pl.String).is_in(["stop", "length"]))
+    apart = ended.join(arrived, left_on="finish_ns", right_on="end_ns", how="anti")
+    first = f"step {late['step'][0]}" if late.height else None
+    if apart.height and first is None:
+        first = f"request {apart['request'][0]} ended, and no output arrived then"
+    rule = "outputs arrive in the order of their steps, and a request that stops or is full does so with one"
+    return check("output times", rule, arrived.height + ended.height, late.height + apart.height, first)

@@ -81,5 +81,21 @@ def test_a_figure_off_by_one(table: str, column: str, seen_by: str | None) -> No
     assert seen_by is None or seen_by in found
 
 
+def _step_that_ends_a_request() -> int:
+    """The row of the step with whose output the first request ended."""
+    trace = open_trace(SAMPLE)
+    ended = trace.requests.filter(pl.col("finish_reason") == "length")["finish_ns"].min()
+    return int(trace.steps.with_row_index().filter(pl.col("end_ns") == ended)["index"][0])
+
+
+def test_an_output_that_ends_a_request_a_nanosecond_late() -> None:
+    assert wrong("steps", add("end_ns", _step_that_ends_a_request())) == ["output times"]
+
+
+@pytest.mark.parametrize("amount", [-(10**12), 10**12])
+def test_an_output_out_of_order(amount: int) -> None:
+    assert "output times" in wrong("steps", add("end_ns", 10, amount))
+
+
 def test_no_lookups_at_all() -> None:
     assert "longest hit" in wrong("lookups", lambda frame: frame.head(0))
