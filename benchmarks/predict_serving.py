@@ -1,11 +1,12 @@
-"""Predicted against measured: a real `vllm serve` under Poisson load, recorded once, predicted at other settings.
+"""Predicted against measured: a real `vllm serve` under Poisson load, recorded at one setting, predicted at others.
 
-    python benchmarks/predict_serving.py [--repeats 3] [--requests 120] [--rate 3] [--out FOLDER]
+    python benchmarks/predict_serving.py [--rounds 3] [--requests 100] [--rate 2] [--out FOLDER]
 
 Serves SmolLM2-135M on this machine's CPU under `kvtrace record`, with requests that come as a Poisson process, share
-prefixes in families, and have fixed lengths. From the first run's trace at the base setting alone come the costs of a
-step, the arrivals and the chains; `kvtrace simulate --arrivals time` then predicts each setting, and the server is run
-for real there, `--repeats` times: the table has the median of these, their spread, the prediction, and its error.
+prefixes in families, and have fixed lengths. In each round the server is run once at the base setting and once at each
+other one. From the round's base run alone come the costs of a step, the arrivals and the chains; `kvtrace simulate
+--arrivals time` then predicts every setting. The table has medians over the rounds with their spread, measured and
+predicted. (A shared machine is faster in one quarter of an hour than in the next: runs side by side share that.)
 
 Measured figures are the engine's, from each run's own trace: arrival at the front end to the step that gave the token.
 The base setting is predicted too: what is off there is the timing model and the machine's noise, not the scheduler.
@@ -77,13 +78,12 @@ def asks(many: int, rate: float, seed: int) -> list[Ask]:
     return made
 
 
-def serve(setting: Setting, requests: list[Ask], model: Path, folder: Path) -> Path:
-    """Run the server at `setting` under `kvtrace record`, with clients in threads; the folder of the trace."""
+def serve(setting: Setting, requests: list[Ask], model: Path, trace: Path) -> None:
+    """Run the server at `setting` under `kvtrace record -o TRACE`, with clients in threads."""
     args = [
         "--num-gpu-blocks-override", str(setting.num_blocks), "--max-num-seqs", str(setting.max_num_seqs),
         "--block-size", "32", "--max-model-len", "512", "--max-num-batched-tokens", "512",
     ]  # fmt: skip
-    trace = folder / "trace"
     prefix = [str(Path(sys.executable).parent / "kvtrace"), "record", "-o", str(trace), "--"]
     failed: list[BaseException] = []
 
@@ -93,7 +93,7 @@ def serve(setting: Setting, requests: list[Ask], model: Path, folder: Path) -> P
         except BaseException as error:
             failed.append(error)
 
-    with Server(model, folder / "log", args=args, prefix=prefix) as server:
+    with Server(model, trace.parent / "log", args=args, prefix=prefix) as server:
         for _ in range(WARMING):
             server.complete([7] * 100, max_tokens=8)
         threads, begin = [], time.monotonic() + 0.5
@@ -106,7 +106,6 @@ def serve(setting: Setting, requests: list[Ask], model: Path, folder: Path) -> P
         server.stop()
     if failed:
         raise failed[0]
-    return trace
 
 
 def measured(trace: Path) -> dict[str, float]:
@@ -159,20 +158,46 @@ def figures(told: pl.DataFrame, itl_mean_s: float, itl_p90_s: float, hits: int, 
     }
 
 
-def line(setting: str, name: str, unit: str, goal: float | None, guess: float, real: list[float]) -> str:
+def line(setting: str, name: str, unit: str, goal: float | None, guesses: list[float], real: list[float]) -> str:
     """One row of the table, in Markdown."""
-    middle = statistics.median(real)
+    middle, guess = statistics.median(real), statistics.median(guesses)
     off = f"{guess / middle - 1:+.1%}" if middle else "-"
     aim = "" if goal is None else f"{goal:.0%}"
-    low, high = min(real), max(real)
-    return f"| {setting} | {name} ({unit}) | {middle:,.4g} | {low:,.4g} to {high:,.4g} | {guess:,.4g} | {off} | {aim} |"
+    return f"| {setting} | {name} ({unit}) | {spread(real)} | {spread(guesses)} | {off} | {aim} |"
+
+
+def spread(values: list[float]) -> str:
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{middle:,.4g}" if low == high else f"{middle:,.4g} ({low:,.4g} to {high:,.4g})"
+
+
+Round = dict[str, tuple[dict[str, float], dict[str, float]]]
+
+
+def one_round(settings: list[Setting], requests: list[Ask], model: Path, folder: Path) -> Round:
+    """By setting, its figures measured and predicted from the run at the first setting."""
+    made: Round = {}
+    for setting in settings:
+        print(f"{folder.name}, {setting.name}", file=sys.stderr, flush=True)
+        trace = trace_of(setting, folder)
+        serve(setting, requests, model, trace)
+        made[setting.name] = measured(trace), predicted(trace_of(settings[0], folder), setting)
+    timing = profile_for(kvtrace.open(trace_of(settings[0], folder)), None, "time")
+    for error in timing.errors if timing else ():
+        told = f"off by {error.median:.1%} (median), {error.p95:.1%} (95th percentile)"
+        print(f"{folder.name}, steps of the first run, {error.batch}: {told}", flush=True)
+    return made
+
+
+def trace_of(setting: Setting, folder: Path) -> Path:
+    return folder / setting.name.split(":")[0] / "trace"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--requests", type=int, default=120)
-    parser.add_argument("--rate", type=float, default=3.0, help="requests a second")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=100)
+    parser.add_argument("--rate", type=float, default=2.0, help="requests a second")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--model", type=Path, default=ROOT / ".models" / "smollm2-135m-instruct")
     parser.add_argument("--out", type=Path, help="where to keep the traces (default: nowhere)")
@@ -180,31 +205,23 @@ def main() -> None:
     settings = [
         Setting("base: 120 blocks, 16 sequences", 120, 16),
         Setting("60 blocks", 60, 16),
-        Setting("4 sequences", 120, 4),
+        Setting("6 sequences", 120, 6),
         Setting("1.5 times the rate", 120, 16, 1.5),
     ]
     requests = asks(options.requests, options.rate, options.seed)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = options.out or Path(scratch)
-        real: dict[str, list[dict[str, float]]] = {}
-        base = None
+        rounds = [
+            one_round(settings, requests, options.model, (options.out or Path(scratch)) / f"round {nth + 1}")
+            for nth in range(options.rounds)
+        ]
+        print("| setting | figure | measured, median (spread) | predicted, median (spread) | off | goal |")
+        print("|---|---|---|---|---|---|")
         for setting in settings:
-            for nth in range(options.repeats):
-                print(f"{setting.name}: run {nth + 1} of {options.repeats}", file=sys.stderr, flush=True)
-                trace = serve(setting, requests, options.model, folder / f"{setting.name.split(':')[0]} {nth}")
-                base = base or trace
-                real.setdefault(setting.name, []).append(measured(trace))
-        assert base is not None
-        timing = profile_for(kvtrace.open(base), None, "time")
-        for error in timing.errors if timing else ():
-            print(f"steps, {error.batch}: off by {error.median:.1%} (median), {error.p95:.1%} (95th percentile)")
-        took = statistics.median(run["seconds"] for run in real[settings[0].name])
-        print("| setting | figure | measured, median | spread | predicted | off | goal |")
-        print("|---|---|---|---|---|---|---|")
-        for setting in settings:
-            guess = predicted(base, setting)
+            real, guesses = ([made[setting.name][i] for made in rounds] for i in (0, 1))
             for name, unit, goal in FIGURES:
-                print(line(setting.name, name, unit, goal, guess[name], [run[name] for run in real[setting.name]]))
+                print(line(setting.name, name, unit, goal, [g[name] for g in guesses], [r[name] for r in real]))
+        base = trace_of(settings[0], (options.out or Path(scratch)) / "round 1")
+        took = rounds[0][settings[0].name][0]["seconds"]
         begin = time.perf_counter()
         kernel = simulate_trace(kvtrace.open(base), {}, arrivals="time").frame()["seconds"][0]
         whole = time.perf_counter() - begin
