@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pickle
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,11 @@ class Ledger:
         for name in ("prepare_store", "complete_store", "prepare_load", "complete_load", "on_request_finished"):
             setattr(manager, name, self._written(name, getattr(manager, name)))
 
+    @property
+    def evicted(self) -> int:
+        """Chunks that had to go from the host."""
+        return sum(len(keys) for what, keys in self.log if what == "evict")
+
     def _written(self, name: str, original: Any) -> Any:
         def method(*args: Any, **kwargs: Any) -> Any:
             answer = original(*args, **kwargs)
@@ -119,27 +125,45 @@ def real_engine(
     """A run of a real `LLM`, recorded to `folder` or not; without the connector if `cpu_blocks` is None. `workload`:
     `mixed` reuses what fell out of a small cache, preempts and aborts; or `cycling`.
 
-    Returns tokens and cached tokens by request, preemptions, transfers (step and JOB), bytes moved by the worker, and
-    blocks moved by kind. What
-    the engine said is left in `folder`/engine.pickle for `judge`.
+    Returns tokens and cached tokens by request, preemptions, transfers (step and JOB), bytes moved by the worker,
+    blocks moved by kind, and evicted chunks. What the engine said is left in `folder`/engine.pickle for `judge`.
     """
-    extra = {} if cpu_blocks is None else connector(cpu_blocks, **more)
-    config = EngineConfig(model=model, **({"num_blocks": 40} | (engine_settings or {})), extra=extra)
+    if cpu_blocks is None:
+        return recorded(model, folder, seed, workload, engine_settings)
+
+    def moved() -> dict[str, int]:
+        from .memcpy_worker import MemcpySpec
+
+        return MemcpySpec.workers.pop().moved
+
+    extra = connector(cpu_blocks, **more)
+    return recorded(model, folder, seed, workload, engine_settings, extra, Ledger, moved)
+
+
+def recorded(
+    model: str,
+    folder: str | None,
+    seed: int,
+    workload: str,
+    engine_settings: dict[str, Any] | None,
+    extra: dict[str, Any] | None = None,
+    ledger_of: Callable[[Any], Any] | None = None,
+    moved: Callable[[], dict[str, int]] = dict,
+) -> dict[str, Any]:
+    """As `real_engine`, with any connector: `extra` of EngineConfig configures it, `ledger_of` a scheduler writes down
+    `jobs` and `evicted` as Ledger does, `moved` tells the bytes when all is done."""
+    config = EngineConfig(model=model, **({"num_blocks": 40} | (engine_settings or {})), extra=extra or {})
     arrivals = cycling(seed) if workload == "cycling" else workloads.mixed(seed, config.block_size)
     with scenarios.traced(folder), engine(config) as live:
-        ledger = None if cpu_blocks is None else Ledger(live.scheduler)
+        ledger = None if ledger_of is None else ledger_of(live.scheduler)
         drive(live, arrivals)
         result = live.result()
-        moved: dict[str, int] = {}
-        if ledger is not None:
-            from .memcpy_worker import MemcpySpec
-
-            moved = MemcpySpec.workers.pop().moved
-    numbers = {row["request_id"]: row["request"] for row in result["requests"]}
+        told = moved()
+    numbers = {row["request_id"]: row["request"] for row in result["requests"]} | {None: None}
     jobs = [] if ledger is None else [{**job, "request": numbers[job["request"]]} for job in ledger.jobs.values()]
     if folder is not None:
-        told = {key: value for key, value in result.items() if key != "config"}
-        (Path(folder) / "engine.pickle").write_bytes(pickle.dumps((told, jobs)))
+        kept = {key: value for key, value in result.items() if key != "config"}
+        (Path(folder) / "engine.pickle").write_bytes(pickle.dumps((kept, jobs)))
     blocks = {"store": 0, "load": 0}
     for job in jobs:
         blocks[job["kind"]] += len(job["blocks"])
@@ -147,10 +171,10 @@ def real_engine(
         "tokens": [row["tokens"] for row in result["requests"]],
         "cached": [row["num_cached_tokens"] for row in result["requests"]],
         "preemptions": len(result["preemptions"]),
-        "moved": moved,
+        "moved": told,
         "jobs": [(steps_before(result)[job["call"]], *(job[name] for name in JOB)) for job in jobs],
         "blocks": blocks,
-        "evicted": 0 if ledger is None else sum(len(keys) for what, keys in ledger.log if what == "evict"),
+        "evicted": 0 if ledger is None else ledger.evicted,
     }
 
 
