@@ -1,14 +1,15 @@
 """A trace larger than memory should hold: `python benchmarks/billion.py [--refs 1000000000] [--folder DIR]`.
 
 Generates a workload of Zipf-like references (log-uniform ranks over `--objects`, requests of 100 blocks) in a file,
-maps it, and replays it with LRU in `object` and `prefix` semantics, each in a process of its own. Prints references a
-second in the driver, the whole time from opening the file, and the most memory that the process held at once, mapped
-pages of the file included. Needs 4 bytes of disk a reference.
+maps it, and replays it with LRU and makes its LRU curve, in `object` and `prefix` semantics, each in a process of its
+own. Prints references a second in the driver, the whole time from opening the file, and the most memory that the
+process held at once, mapped pages of the file included. Needs 4 bytes of disk a reference.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import resource
 import tempfile
@@ -52,16 +53,20 @@ def generate(path: Path, n_refs: int, n_objects: int) -> None:
 
 
 def measure(
-    path: Path, semantics: str, capacity: int, results: multiprocessing.Queue[tuple[float, float, float]]
+    path: Path, what: str, semantics: str, capacity: int, results: multiprocessing.Queue[tuple[float, float, float]]
 ) -> None:
     from kvtrace_replay import replay
+    from kvtrace_replay.curves.lru import lru_curve
 
     begin = time.perf_counter()
     workload = store.load(path)
     assert workload is not None
-    (row,) = replay(workload, "lru", capacity, semantics)
+    if what == "curve":
+        seconds = lru_curve(workload, semantics).seconds
+    else:
+        seconds = replay(workload, "lru", capacity, semantics)[0]["seconds"]
     whole = time.perf_counter() - begin
-    results.put((row["seconds"], whole, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20))
+    results.put((seconds, whole, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20))
 
 
 def main() -> None:
@@ -74,14 +79,15 @@ def main() -> None:
         path = Path(folder) / "billion.workload"
         generate(path, options.refs, options.objects)
         spawn = multiprocessing.get_context("spawn")
-        for semantics in ("object", "prefix"):
+        for what, semantics in itertools.product(("replay", "curve"), ("object", "prefix")):
             results: multiprocessing.Queue[tuple[float, float, float]] = spawn.Queue()
-            process = spawn.Process(target=measure, args=(path, semantics, options.objects // 10, results))
+            process = spawn.Process(target=measure, args=(path, what, semantics, options.objects // 10, results))
             process.start()
             driver, whole, memory = results.get()
             process.join()
             print(
-                f"lru {semantics:6} {options.refs:,} references: {options.refs / driver / 1e6:6.1f} M/s in the driver, "
+                f"lru {what} {semantics:6} {options.refs:,} references: "
+                f"{options.refs / driver / 1e6:6.1f} M/s in the driver, "
                 f"{options.refs / whole / 1e6:6.1f} M/s from opening the file, {memory:.1f} GiB at most"
             )
 

@@ -1,4 +1,4 @@
-"""The eight calls through which a driver reaches its policy, chosen by the type of the policy's tag.
+"""The nine calls through which a driver reaches its policy, chosen by the type of the policy's tag.
 
 Compiled, each call is the policy's own function, inlined. The state arrays travel as eight plain
 arguments: inside a tuple they are reference-counted in the loop, which halves the speed of LRU (171
@@ -100,6 +100,13 @@ def admit(
     return _in_python("admit", tag, key, now, pins, s0, s1, s2, s3, s4, s5, s6, s7)
 
 
+def remove(
+    tag: Any, key: Any,
+    s0: Any, s1: Any, s2: Any, s3: Any, s4: Any, s5: Any, s6: Any, s7: Any,
+) -> Any:  # fmt: skip
+    return _in_python("remove", tag, key, s0, s1, s2, s3, s4, s5, s6, s7)
+
+
 @overload(insert)
 def _insert(
     tag: Any, key: Any, now: Any,
@@ -162,3 +169,11 @@ def _admit(
     s0: Any, s1: Any, s2: Any, s3: Any, s4: Any, s5: Any, s6: Any, s7: Any,
 ) -> Any:  # fmt: skip
     return _implementation(tag, "admit")
+
+
+@overload(remove)
+def _remove(
+    tag: Any, key: Any,
+    s0: Any, s1: Any, s2: Any, s3: Any, s4: Any, s5: Any, s6: Any, s7: Any,
+) -> Any:  # fmt: skip
+    return _implementation(tag, "remove")

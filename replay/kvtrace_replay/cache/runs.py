@@ -16,6 +16,7 @@ from numba.core.errors import NumbaError
 from kvtrace_replay.cache import object_driver as by_object
 from kvtrace_replay.cache import prefix_driver as by_prefix
 from kvtrace_replay.cache import radix_driver as by_radix
+from kvtrace_replay.cache import recency_driver as by_recency
 from kvtrace_replay.cache.prepare import Prepared, prepare, too_small
 from kvtrace_replay.cache.totals import (
     BAD_VICTIM,
@@ -155,6 +156,9 @@ def _drive(
     entry = entry.within(stream.semantics)
     # More room than there are blocks changes nothing; state sized by the capacity then stays small.
     blocks = int(min(capacity, max(1, stream.n_identities)))
+    in_imports = stream.semantics == "prefix" and not run.concurrent
+    if in_imports and entry.by_last_use and entry.uses == 1:
+        return _drive_by_recency(run, blocks)
     state = entry.state(stream, blocks)
     padded = (*state, *(UNUSED,) * (MAX_STATE - len(state)))
     n_requests = stream.prompt_blocks.size
@@ -178,7 +182,7 @@ def _drive(
             entry.tag, stream.refs, stream.indptr, run.last_tokens, run.block_size, stream.prompt_blocks, run.hit_cap,
             stream.events,
         )  # fmt: skip
-        in_order = (entry.in_order and not run.concurrent,) if stream.semantics == "prefix" else ()
+        in_order = (entry.in_order and in_imports,) if stream.semantics == "prefix" else ()
         after = (blocks, entry.uses, *in_order, seen, pins, held, overflowed, request_hits, totals)
     if stream.semantics == "radix":
         driver = by_radix.radix_driver
@@ -189,18 +193,42 @@ def _drive(
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         first_line = next((line for line in lines[1:] if "Error" in line or ": " in line), lines[0])
         raise KvtraceError(f"policy {entry.name!r} does not compile: {first_line}") from error
+    seconds = _timed(lambda first, last: driver(*before, first, last, *after, *padded), run.warmup_steps, steps, totals)
+    if totals[BAD_VICTIM]:
+        raise KvtraceError(f"policy {entry.name!r} is wrong: its evict returned a block that may not be evicted")
+    return request_hits, overflowed, totals, seconds
+
+
+def _drive_by_recency(
+    run: Prepared, blocks: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8], npt.NDArray[np.int64], float]:
+    """As `_drive`, for LRU over an import."""
+    stream = run.stream
+    n = stream.prompt_blocks.size
+    hits = np.zeros(n, np.int64)
+    totals = np.zeros(N_TOTALS, np.int64)
+    log = by_recency.new_log(stream.n_identities, blocks, stream.refs.size, run.longest_chain)
+    before = (stream.refs, stream.indptr, run.last_tokens, run.block_size, stream.prompt_blocks, run.hit_cap)
+    driver: Any = by_recency.recency_driver
+    warm(driver, (*before, 0, n, blocks, *log, hits, totals))
+    # Of two events a request, the first is its admission.
+    seconds = _timed(
+        lambda first, last: driver(*before, first, last, blocks, *log, hits, totals), run.warmup_steps // 2, n, totals
+    )
+    return hits, np.zeros(n, np.uint8), totals, seconds
+
+
+def _timed(drive: Callable[[int, int], None], warmup: int, steps: int, totals: npt.NDArray[np.int64]) -> float:
+    """Drives the first `warmup` steps, forgets what they add to `totals`, then drives the rest; seconds of both."""
     begin = time.perf_counter()
-    if run.warmup_steps:
-        driver(*before, 0, run.warmup_steps, *after, *padded)
+    if warmup:
+        drive(0, warmup)
         kept = totals[[RESIDENT, PINNED, BAD_VICTIM]]
         totals[:] = 0
         totals[[RESIDENT, PINNED, BAD_VICTIM]] = kept
     if not totals[BAD_VICTIM]:
-        driver(*before, run.warmup_steps, steps, *after, *padded)
-    seconds = time.perf_counter() - begin
-    if totals[BAD_VICTIM]:
-        raise KvtraceError(f"policy {entry.name!r} is wrong: its evict returned a block that may not be evicted")
-    return request_hits, overflowed, totals, seconds
+        drive(warmup, steps)
+    return time.perf_counter() - begin
 
 
 def _row(entry: Policy, run: Prepared, capacity: int | float, warmup: float) -> tuple[Row, tuple[Any, Any] | None]:

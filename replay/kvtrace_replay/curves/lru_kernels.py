@@ -10,7 +10,6 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from kvtrace_replay.curves.machine import prefetch
 from kvtrace_replay.curves.stack import (
     IN_LINE,
     LOW,
@@ -22,6 +21,7 @@ from kvtrace_replay.curves.stack import (
     open_line,
     remove,
 )
+from kvtrace_replay.structures.machine import prefetch
 from kvtrace_traces.compile import njit
 
 U32 = npt.NDArray[np.uint32]
@@ -32,6 +32,8 @@ I64 = npt.NDArray[np.int64]
 
 # How many references ahead memory is asked for: first the slot of a block, then the bits around that slot.
 _SLOT_AHEAD, _BITS_AHEAD = 32, 16
+# Within a request, the slots are near already.
+_NEAR = 8
 # Of the next request that much is asked for early.
 _EARLY = 64
 # Counts wait so long for their place in the histogram to come near.
@@ -93,6 +95,10 @@ def use_again(
     """
     word, mask, count = ZERO, ZERO, 0
     for p in range(stop - 1, start - 1, -1):
+        if p - _NEAR >= start:
+            ahead = last[np.intp(np.uint32(refs[p - _NEAR]))]
+            if ahead != NEVER:
+                prefetch(bits, np.intp(np.uint64(ahead) >> WORD))
         key = np.intp(np.uint32(refs[p]))
         if last[key] == NEVER:
             live += 1
@@ -125,27 +131,30 @@ def look_up(
     """Counts the lookup of `refs[start:stop]`, the first blocks of a chain that ends at `end`.
 
     A block hits where all blocks before it do, so it needs the deepest of them: in a chain the deepest is the block
-    itself, since the tail is always used before the head. A pinned block is there whatever the capacity.
+    itself, since the tail is always used before the head. A pinned block is there whatever the capacity. The older a
+    slot the deeper it lies, so that only slots older than all before are ranked; hits at one depth are counted at once.
     """
-    deepest, depth, before = 0, 0, NEVER
+    deepest, oldest, alike = 0, NEVER, 0
     for p in range(start, stop):
         key = np.intp(np.uint32(refs[p]))
-        if pins.size and pins[key] > 0:
-            depth, before = 0, NEVER
-        else:
+        if pins.size == 0 or pins[key] == 0:
             slot = last[key]
             if slot == NEVER:
-                return
-            if before != NEVER and slot + np.uint32(1) == before:
-                depth += 1  # used together last time: neighbours
-            else:
-                depth = pinned + live - count_before(np.uint64(slot), bits, lines, nodes, areas)
-            before = slot
-        deepest = max(deepest, depth)
-        if counted:
-            hits[deepest] += 1
-            if short.size and p == end - 1:
-                short[deepest] += tokens_lacking
+                break
+            if slot < oldest:
+                if counted:
+                    hits[deepest] += alike
+                alike = 0
+                if slot + np.uint32(1) == oldest:
+                    deepest += 1  # used together last time: neighbours
+                else:
+                    deepest = pinned + live - count_before(np.uint64(slot), bits, lines, nodes, areas)
+                oldest = slot
+        alike += 1
+        if counted and short.size and p == end - 1:
+            short[deepest] += tokens_lacking
+    if counted:
+        hits[deepest] += alike
 
 
 @njit

@@ -31,7 +31,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from kvtrace_replay.curves.machine import bit_count, prefetch
+from kvtrace_replay.structures.machine import bit_count, prefetch
 from kvtrace_traces.compile import njit
 
 U32 = npt.NDArray[np.uint32]

@@ -138,3 +138,9 @@ class Arc:
     @staticmethod
     def unpin(key: int, which: U8, links: Links, numbers: F64, b1: I32, b2: I32) -> None:
         push_new(links, which.size + np.int64(which[key]), key)
+
+    @staticmethod
+    def remove(key: int, which: U8, links: Links, numbers: F64, b1: I32, b2: I32) -> None:
+        unlink(links, key)
+        numbers[np.intp(which[key])] -= 1
+        which[key] = NOWHERE

@@ -22,7 +22,8 @@ import numpy.typing as npt
 
 from kvtrace_replay.policies.registry import policy
 from kvtrace_replay.policies.stream import Stream
-from kvtrace_replay.structures.rings import ring_push
+from kvtrace_replay.structures.kept import is_kept
+from kvtrace_replay.structures.rings import GONE, new_rings, ring_push, ring_remove, ring_trim
 from kvtrace_traces.errors import UsageError
 
 I32 = npt.NDArray[np.int32]
@@ -40,52 +41,68 @@ HEAD, LENGTH, MOST = range(3)  # slots of `counters`: those of the ring, the hig
     paper="Corbato, MIT Project MAC report MAC-M-384, 1968",
 )
 class Clock:
-    """State: `rings` int32[1, capacity], the queue; `counters` int64[3]; `uses` uint8[n_identities], the count of each
-    resident block; `aside` bool[n_identities], set aside until it is let go (empty in `object` semantics)."""
+    """State: `rings` and `slots`, the queue, see `structures.rings`; `counters` int64[3]; `uses` uint8[n_identities],
+    the count of each resident block; `aside` bool[n_identities], set aside until it is let go (empty in `object`
+    semantics)."""
 
     @staticmethod
-    def setup(stream: Stream, capacity: int, bits: int = 1) -> tuple[I32, I64, U8, Flags]:
+    def setup(stream: Stream, capacity: int, bits: int = 1) -> tuple[I32, I64, U8, Flags, I32]:
         if not 1 <= bits <= 8:
             raise UsageError(f"clock: bits={bits} must lie between 1 and 8")
         n_held = stream.n_identities if stream.semantics != "object" else 0
+        rings, slots = new_rings(1, capacity, stream.n_identities, stream.removes)
         return (
-            np.zeros((1, capacity), np.int32),
+            rings,
             np.array([0, 0, 2**bits - 1], np.int64),
             np.zeros(stream.n_identities, np.uint8),
             np.zeros(n_held, np.bool_),
+            slots,
         )
 
     @staticmethod
-    def insert(key: int, now: int, rings: I32, counters: I64, uses: U8, aside: Flags) -> None:
-        ring_push(rings, counters, QUEUE, key)
+    def insert(key: int, now: int, rings: I32, counters: I64, uses: U8, aside: Flags, slots: I32) -> None:
+        ring_push(rings, counters, slots, QUEUE, key)
         uses[key] = 0
 
     @staticmethod
-    def hit(key: int, pinned: bool, now: int, rings: I32, counters: I64, uses: U8, aside: Flags) -> None:
+    def hit(key: int, pinned: bool, now: int, rings: I32, counters: I64, uses: U8, aside: Flags, slots: I32) -> None:
         count = uses[key]
         if count < counters[MOST]:
             uses[key] = count + 1
 
     @staticmethod
-    def evict(key: int, now: int, pins: I32, rings: I32, counters: I64, uses: U8, aside: Flags) -> int:
+    def evict(key: int, now: int, pins: I32, rings: I32, counters: I64, uses: U8, aside: Flags, slots: I32) -> int:
         head, length, room = counters[HEAD], counters[LENGTH], rings.shape[1]
         while True:
-            candidate = np.uintp(rings[QUEUE, np.uintp(head)])
+            oldest = rings[QUEUE, np.uintp(head)]
             tail = head + length
             head = head + 1 if head + 1 < room else 0
+            if is_kept(slots) and oldest == GONE:
+                length -= 1
+                continue
+            candidate = np.uintp(oldest)
             count = uses[candidate]
             if count > 0:
                 uses[candidate] = count - 1
-                rings[QUEUE, np.uintp(tail if tail < room else tail - room)] = candidate
+                tail = tail if tail < room else tail - room
+                rings[QUEUE, np.uintp(tail)] = candidate
+                if is_kept(slots):
+                    slots[candidate] = tail
                 continue
             length -= 1
             if pins[candidate] == 0:
                 counters[HEAD], counters[LENGTH] = head, length
+                if is_kept(slots):
+                    ring_trim(rings, counters, QUEUE)
                 return np.int64(candidate)
             aside[candidate] = True
 
     @staticmethod
-    def unpin(key: int, rings: I32, counters: I64, uses: U8, aside: Flags) -> None:
+    def unpin(key: int, rings: I32, counters: I64, uses: U8, aside: Flags, slots: I32) -> None:
         if aside[key]:
             aside[key] = False
-            ring_push(rings, counters, QUEUE, key)
+            ring_push(rings, counters, slots, QUEUE, key)
+
+    @staticmethod
+    def remove(key: int, rings: I32, counters: I64, uses: U8, aside: Flags, slots: I32) -> None:
+        ring_remove(rings, counters, slots, key)

@@ -22,10 +22,11 @@ class Clock2:
     """State: that of `clock`."""
 
     @staticmethod
-    def setup(stream: Stream, capacity: int) -> tuple[I32, I64, U8, Flags]:
+    def setup(stream: Stream, capacity: int) -> tuple[I32, I64, U8, Flags, I32]:
         return Clock.setup(stream, capacity, bits=2)
 
     insert = Clock.insert
     hit = Clock.hit
     evict = Clock.evict
     unpin = Clock.unpin
+    remove = Clock.remove

@@ -44,6 +44,18 @@ def _swap(rows: I64, slot_of: Slots, one: int, other: int) -> None:
     slot_of[rows[other, KEY]] = other
 
 
+@njit(cache=False)
+def _leave(rows: I64, slot_of: Slots, about: Bounds, at: int) -> None:
+    """The block of row `at`, which may be evicted, is resident no more."""
+    last = about[EVICTABLE] - 1
+    if at != last:
+        _swap(rows, slot_of, at, last)
+    if about[RESIDENT] != last + 1:
+        _swap(rows, slot_of, last, about[RESIDENT] - 1)
+    about[EVICTABLE] = last
+    about[RESIDENT] -= 1
+
+
 @policy(
     "hyperbolic",
     summary="evicts, of a random sample, the block with the fewest uses for its time in the cache",
@@ -93,12 +105,7 @@ class Hyperbolic:
             if rows[other, USES] * age < uses * its_age:
                 at, uses, age = other, rows[other, USES], its_age
         victim = rows[at, KEY]
-        if at != n - 1:
-            _swap(rows, slot_of, at, n - 1)
-        if about[RESIDENT] != n:
-            _swap(rows, slot_of, n - 1, about[RESIDENT] - 1)
-        about[EVICTABLE] = n - 1
-        about[RESIDENT] -= 1
+        _leave(rows, slot_of, about, at)
         return victim
 
     @staticmethod
@@ -110,3 +117,7 @@ class Hyperbolic:
     def unpin(key: int, rows: I64, slot_of: Slots, about: Bounds, rng: Rng) -> None:
         _swap(rows, slot_of, slot_of[key], about[EVICTABLE])
         about[EVICTABLE] += 1
+
+    @staticmethod
+    def remove(key: int, rows: I64, slot_of: Slots, about: Bounds, rng: Rng) -> None:
+        _leave(rows, slot_of, about, slot_of[key])

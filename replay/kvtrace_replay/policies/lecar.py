@@ -250,3 +250,10 @@ class LeCaR:
         rows[key, LAST] = counts[CLOCK]
         _push(rows, BY_TIME, _list(rows, RESIDENT), key)
         _rank(heap, rows, counts, key)
+
+    @staticmethod
+    def remove(key: int, rows: U32, heap: LazyHeap, weights: F64, counts: I64, rng: Rng) -> None:
+        _unlink(rows, BY_TIME, key)
+        if rows[key, USES] < LISTS:
+            _unlink(rows, BY_USES, key)
+        rows[key, PLACE] = NOWHERE

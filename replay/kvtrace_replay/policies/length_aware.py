@@ -76,6 +76,10 @@ class LengthAware:
     def unpin(key: int, depths: I32, facts: I32, entries: I64, tickets: I32, at: I64) -> None:
         _offer(key, facts, entries, tickets, at)
 
+    @staticmethod
+    def remove(key: int, depths: I32, facts: I32, entries: I64, tickets: I32, at: I64) -> None:
+        take_out(tickets, key)
+
 
 @njit(cache=False)
 def _offer(key: int, facts: I32, entries: I64, tickets: I32, at: I64) -> None:

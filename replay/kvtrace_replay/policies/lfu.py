@@ -13,7 +13,8 @@ libCacheSim 0.3.5.
 Blocks with less than `LISTS` uses stand in lists, one for each priority (the count; with `lfuda` the age is added).
 The others have many hits among them and few victims, so a use of theirs only writes their row, and a heap holds each
 under a rank that it once had, which is never above the true one: who comes to the top under an old rank goes back
-under the true one.
+under the true one. Where blocks are removed (`Stream.removes`), entries of blocks that have gone stay in the heap
+until they come to the top, or it is full.
 """
 
 # NumPy's integers are Python's once this is compiled:
@@ -25,6 +26,7 @@ import numpy.typing as npt
 
 from kvtrace_replay.policies.registry import policy
 from kvtrace_replay.policies.stream import Stream
+from kvtrace_replay.structures.kept import is_kept, new_kept
 from kvtrace_replay.structures.lazy_heap import KEY, SCORE, LazyHeap, drop_top, lazy_push, renew_top
 from kvtrace_replay.structures.lists import oldest, push_new, unlink
 from kvtrace_traces.compile import njit
@@ -41,9 +43,10 @@ PRIORITY, IN_HEAP, COUNT, STAMP = range(4)
 # Slots of `counters`: uses so far; length of the heap; no list of a lower priority has blocks; what is added to
 # counts (`lfuda`), and whether it grows.
 CLOCK, HEAP, LEAST, AGE, AGES = range(5)
+STAMP_BITS = NEVER = (1 << 32) - 1
 
 
-def setup_counts(stream: Stream, capacity: int, ages: bool) -> tuple[U32, I64, LazyHeap]:
+def setup_counts(stream: Stream, capacity: int, ages: bool) -> tuple[U32, I64, LazyHeap, U32]:
     """The state of `lfu` and `lfuda`."""
     if stream.refs.size >= 2**30:
         raise KvtraceError("lfu and lfuda count at most 2^30 references: cut the trace first")
@@ -51,7 +54,8 @@ def setup_counts(stream: Stream, capacity: int, ages: bool) -> tuple[U32, I64, L
     rows[stream.n_identities :, :2] = np.arange(stream.n_identities, rows.shape[0], dtype=np.uint32)[:, None]
     counters = np.zeros(5, np.int64)
     counters[AGES] = ages
-    return rows, counters, np.zeros((capacity, 2), np.int64)
+    heap = np.zeros((2 * capacity + 1 if stream.removes else capacity, 2), np.int64)
+    return rows, counters, heap, new_kept(stream.n_identities, np.uint32, stream.removes)
 
 
 @njit(cache=False)
@@ -66,7 +70,26 @@ def _rank(priority: int, stamp: int) -> int:
 
 
 @njit(cache=False)
-def _enter_heap(rows: U32, counters: I64, heap: LazyHeap, key: int) -> None:
+def _is_current(heap: LazyHeap, at: int, since: U32) -> bool:
+    """Whether the entry is of a block that is in the heap, and was made since that entered it; `since` is kept."""
+    return (heap[at, SCORE] & STAMP_BITS) >= since[np.uintp(heap[at, KEY])]
+
+
+@njit(cache=False)
+def _tidy(counters: I64, heap: LazyHeap, since: U32) -> None:
+    size = 0
+    for at in range(counters[HEAP]):
+        if _is_current(heap, at, since):
+            size = lazy_push(heap, size, heap[at, SCORE], heap[at, KEY])  # at or before the row just read
+    counters[HEAP] = size
+
+
+@njit(cache=False)
+def _enter_heap(rows: U32, counters: I64, heap: LazyHeap, since: U32, key: int) -> None:
+    if is_kept(since):
+        if counters[HEAP] == heap.shape[0]:
+            _tidy(counters, heap, since)
+        since[key] = rows[key, STAMP]
     rows[key, IN_HEAP] = 1
     counters[HEAP] = lazy_push(heap, counters[HEAP], _rank(rows[key, PRIORITY], rows[key, STAMP]), key)
 
@@ -85,22 +108,23 @@ def _enter_list(rows: U32, counters: I64, key: int) -> None:
     paper="Lee et al., IEEE Transactions on Computers 50(12), 2001",
 )
 class Lfu:
-    """State: `rows` uint32[n_identities + LISTS, 4], see above; `counters` int64[5]; `heap` int64[capacity, 2], blocks
-    with many uses by priority << 32 | time of last use."""
+    """State: `rows` uint32[n_identities + LISTS, 4], see above; `counters` int64[5]; `heap` int64[capacity, 2] (or
+    2 capacity + 1 rows), blocks with many uses by priority << 32 | time of last use; `since` uint32[n_identities], the
+    clock when a block entered the heap, NEVER where it has gone, kept where blocks are removed."""
 
     @staticmethod
-    def setup(stream: Stream, capacity: int) -> tuple[U32, I64, LazyHeap]:
+    def setup(stream: Stream, capacity: int) -> tuple[U32, I64, LazyHeap, U32]:
         return setup_counts(stream, capacity, ages=False)
 
     @staticmethod
-    def insert(key: int, now: int, rows: U32, counters: I64, heap: LazyHeap) -> None:
+    def insert(key: int, now: int, rows: U32, counters: I64, heap: LazyHeap, since: U32) -> None:
         counters[CLOCK] += 1
         rows[key, COUNT] = 1
         rows[key, STAMP] = counters[CLOCK]
         _enter_list(rows, counters, key)
 
     @staticmethod
-    def hit(key: int, pinned: bool, now: int, rows: U32, counters: I64, heap: LazyHeap) -> None:
+    def hit(key: int, pinned: bool, now: int, rows: U32, counters: I64, heap: LazyHeap, since: U32) -> None:
         counters[CLOCK] += 1
         count = rows[key, COUNT] + np.uint32(1)
         rows[key, COUNT] = count
@@ -117,10 +141,10 @@ class Lfu:
         rows[key, PRIORITY] = count + counters[AGE]
         rows[key, IN_HEAP] = 0
         if not pinned:
-            _enter_heap(rows, counters, heap, key)
+            _enter_heap(rows, counters, heap, since, key)
 
     @staticmethod
-    def evict(key: int, now: int, pins: I32, rows: U32, counters: I64, heap: LazyHeap) -> int:
+    def evict(key: int, now: int, pins: I32, rows: U32, counters: I64, heap: LazyHeap, since: U32) -> int:
         priority = max(counters[LEAST], counters[AGE])
         end = counters[AGE] + LISTS
         head = _list(rows, priority)
@@ -134,6 +158,9 @@ class Lfu:
             if first != head and heap[0, SCORE] > _rank(priority, rows[first, STAMP]):
                 break
             top = np.uintp(heap[0, KEY])
+            if is_kept(since) and not _is_current(heap, 0, since):
+                counters[HEAP] = drop_top(heap, counters[HEAP])
+                continue
             rank = _rank(rows[top, PRIORITY], rows[top, STAMP])
             if pins[top] > 0:
                 rows[top, IN_HEAP] = 0
@@ -151,12 +178,12 @@ class Lfu:
         return np.int64(first)
 
     @staticmethod
-    def pin(key: int, rows: U32, counters: I64, heap: LazyHeap) -> None:
+    def pin(key: int, rows: U32, counters: I64, heap: LazyHeap, since: U32) -> None:
         if rows[key, COUNT] < LISTS:
             unlink(rows, key)
 
     @staticmethod
-    def unpin(key: int, rows: U32, counters: I64, heap: LazyHeap) -> None:
+    def unpin(key: int, rows: U32, counters: I64, heap: LazyHeap, since: U32) -> None:
         counters[CLOCK] += 1
         rows[key, STAMP] = counters[CLOCK]
         if rows[key, COUNT] < LISTS:
@@ -164,4 +191,11 @@ class Lfu:
             return
         rows[key, PRIORITY] = rows[key, COUNT] + counters[AGE]
         if rows[key, IN_HEAP] == 0:
-            _enter_heap(rows, counters, heap, key)
+            _enter_heap(rows, counters, heap, since, key)
+
+    @staticmethod
+    def remove(key: int, rows: U32, counters: I64, heap: LazyHeap, since: U32) -> None:
+        if rows[key, COUNT] < LISTS:
+            unlink(rows, key)
+        else:
+            since[key] = NEVER

@@ -31,7 +31,7 @@ class Lfuda:
     """State: that of `lfu`."""
 
     @staticmethod
-    def setup(stream: Stream, capacity: int) -> tuple[U32, I64, LazyHeap]:
+    def setup(stream: Stream, capacity: int) -> tuple[U32, I64, LazyHeap, U32]:
         return setup_counts(stream, capacity, ages=True)
 
     insert = Lfu.insert
@@ -39,3 +39,4 @@ class Lfuda:
     evict = Lfu.evict
     pin = Lfu.pin
     unpin = Lfu.unpin
+    remove = Lfu.remove

@@ -197,3 +197,16 @@ class Lirs:
         status[key] &= 255 - HELD
         if status[key] & LIR == 0:
             push_new(queues, queues.shape[0] - 2, key)
+
+    @staticmethod
+    def remove(key: int, stack: Links, queues: Links, status: U8, counts: I64) -> None:
+        was = status[key]
+        status[key] = 0
+        if was & LIR:
+            counts[N_LIR] -= 1
+        else:
+            unlink(queues, key)
+        if was & (LIR | IN_STACK):
+            unlink(stack, key)
+            counts[IN_S] -= 1
+            _prune(stack, queues, status, counts)

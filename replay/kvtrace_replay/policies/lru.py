@@ -26,6 +26,7 @@ from kvtrace_replay.structures.lists import Links, new_lists, oldest, push_new, 
     "lru",
     summary="evicts the block whose last use is longest ago (vLLM's rule)",
     paper="Mattson et al., IBM Systems Journal 9(2), 1970",
+    by_last_use=True,
     semantics=("object", "prefix", "radix"),
 )
 class Lru:
@@ -58,3 +59,7 @@ class Lru:
     @staticmethod
     def unpin(key: int, links: Links) -> None:
         push_new(links, links.shape[0] - 1, key)
+
+    @staticmethod
+    def remove(key: int, links: Links) -> None:
+        unlink(links, key)

@@ -83,6 +83,10 @@ class Opt:
     def unpin(key: int, after: I32, owner: I32, priority: I32, words: Words, starts: Starts) -> None:
         set_bit(words, starts, priority[key])
 
+    @staticmethod
+    def remove(key: int, after: I32, owner: I32, priority: I32, words: Words, starts: Starts) -> None:
+        clear_bit(words, starts, priority[key])
+
 
 def _future(stream: Stream) -> tuple[I32, I32]:
     if stream.semantics == "object":

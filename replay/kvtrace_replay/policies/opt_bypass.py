@@ -77,3 +77,8 @@ class OptBypass:
         clear_bit(words, starts, farthest)
         room[RESIDENT] -= 1
         return owner[farthest]
+
+    @staticmethod
+    def remove(key: int, after: I32, owner: I32, priority: I32, words: Words, starts: Starts, room: I64) -> None:
+        clear_bit(words, starts, priority[key])
+        room[RESIDENT] -= 1

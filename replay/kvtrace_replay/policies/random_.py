@@ -68,3 +68,7 @@ class Random:
     @staticmethod
     def unpin(key: int, slots: Slots, slot_of: Slots, bounds: Bounds, rng: Rng) -> None:
         release_resident(slots, slot_of, bounds, key)
+
+    @staticmethod
+    def remove(key: int, slots: Slots, slot_of: Slots, bounds: Bounds, rng: Rng) -> None:
+        remove_resident(slots, slot_of, bounds, slot_of[key])

@@ -16,6 +16,7 @@ and, where it wants them, of these, compiled too:
         def begin(request, now, *state): ...         # `request` is about to be looked up
         def expire(now, pins, *state): ...           # a block to drop for its age, or -1
         def admit(key, now, pins, *state): ...       # False: the missing `key` gets no place
+        def remove(key, *state): ...                 # `key` is gone, though not as a victim
 
 where `*state` stands for the arrays of `setup` under names of the policy's own. Keyword arguments of `setup`
 are the policy's parameters, their defaults stand there and nowhere else, and `--policy lru:small=0.2` sets
@@ -37,6 +38,9 @@ them; `setup` raises UsageError for a value that cannot be. The driver promises:
   asked for each missing block, in chain order, before any place is made; `pins[block] < 0` means not resident. A
   closed loop calls none of the three, and places what the engine places: `@policy(..., open_loop=True)` says that a
   policy is not itself without them.
+- `remove` takes a resident `key` that nobody holds out of the cache; nothing is to remember it as evicted, and it may
+  come back by `insert`. Only tiers that others take blocks from call it, and only where `Stream.removes` was True in
+  `setup` (see `kvtrace_replay.tiers`): where it is False a policy need not keep what it would take to find a block.
 - In `radix` semantics as in `prefix`, with three differences (see `cache.radix_driver`): `hit` comes in two runs,
   first for the blocks that the lookup hit, then for resident ones beyond the most it may hit; `pins[block]` is the
   number of locks and of resident blocks right below, while `pin` and `unpin` tell of locks alone; `evict` may return
@@ -81,9 +85,10 @@ LEADING = {
     "begin": ("request", "now"),
     "expire": ("now", "pins"),
     "admit": ("key", "now", "pins"),
+    "remove": ("key",),
 }
 # What a driver gets from a function that the policy does not have.
-OTHERWISE = {"pin": None, "unpin": None, "begin": None, "expire": -1, "admit": True}
+OTHERWISE = {"pin": None, "unpin": None, "begin": None, "expire": -1, "admit": True, "remove": None}
 SEMANTICS = ("object", "prefix", "radix")
 SECOND_TOUCH = "second-touch"
 _FILE = re.compile(r"(?P<file>[^+]*\.py)(?::(?P<policy>[A-Za-z_][\w-]*)(?!\w*=))?")
@@ -100,6 +105,8 @@ class Policy:
         needs_future: it looks at references still to come, which only an open loop knows.
         open_loop: it needs `begin`, which only an open loop calls.
         in_order: no use changes its order, so that imports need hold nothing (see `cache.prefix_driver`).
+        by_last_use: its victim is always the block used longest ago, so that imports can be replayed by time stamps
+            (see `cache.recency_driver`).
         semantics: those in which the rule makes sense.
         stand_in: by semantics, the policy that is run in its place: the same rule in other words.
         defaults: its parameters.
@@ -119,12 +126,18 @@ class Policy:
     needs_future: bool = False
     open_loop: bool = False
     in_order: bool = False
+    by_last_use: bool = False
     semantics: tuple[str, ...] = ("object", "prefix")
     stand_in: dict[str, str] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
     given: dict[str, Any] = field(default_factory=dict)
     class_name: str = ""
     uses: int = 1
+
+    @property
+    def removable(self) -> bool:
+        """Blocks can be taken out of it that are not its victims."""
+        return "remove" in self.functions
 
     @property
     def called(self) -> str:
@@ -173,6 +186,7 @@ def policy(
     needs_future: bool = False,
     open_loop: bool = False,
     in_order: bool = False,
+    by_last_use: bool = False,
     semantics: tuple[str, ...] = ("object", "prefix"),
     stand_in: dict[str, str] | None = None,
 ) -> Callable[[T], T]:
@@ -182,7 +196,7 @@ def policy(
         name: lower case, as given to `--policy`.
         summary: one line for tables and help.
         paper: where the rule comes from.
-        needs_future, open_loop, in_order, semantics, stand_in: see `Policy`.
+        needs_future, open_loop, in_order, by_last_use, semantics, stand_in: see `Policy`.
 
     Raises UsageError when the class does not have the functions that the module's docstring lists.
     """
@@ -207,6 +221,7 @@ def policy(
             needs_future=needs_future,
             open_loop=open_loop,
             in_order=in_order,
+            by_last_use=by_last_use,
             semantics=semantics,
             stand_in=dict(stand_in or {}),
             defaults=_defaults(name, setup),
@@ -275,6 +290,15 @@ def _load_all() -> None:
             _loaded = True
 
 
+def _load(name: str) -> None:
+    """Load what may be the policy's own file; all of them where it is none, as for a name that no policy has."""
+    module = f"kvtrace_replay.policies.{name.replace('-', '_')}"
+    if name not in _policies and module.rpartition(".")[2].isidentifier() and importlib.util.find_spec(module):
+        importlib.import_module(module)
+    if name not in _policies:
+        _load_all()
+
+
 def policies() -> list[Policy]:
     """Every registered policy, by name."""
     _load_all()
@@ -318,8 +342,8 @@ def _from_file(text: str) -> str:
 
 
 def _with_parameters(text: str) -> Policy:
-    _load_all()
     key, _, parameters = text.partition(":")
+    _load(key)
     if key not in _policies:
         names = [*_policies, SECOND_TOUCH]
         near = difflib.get_close_matches(key, names, n=2, cutoff=0.5)

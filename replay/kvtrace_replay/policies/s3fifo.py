@@ -30,7 +30,16 @@ import numpy.typing as npt
 
 from kvtrace_replay.policies.registry import policy
 from kvtrace_replay.policies.stream import Stream
-from kvtrace_replay.structures.rings import forget, new_ghosts, remember, ring_length, ring_pop, ring_push
+from kvtrace_replay.structures.rings import (
+    forget,
+    new_ghosts,
+    new_rings,
+    remember,
+    ring_length,
+    ring_pop,
+    ring_push,
+    ring_remove,
+)
 from kvtrace_traces.errors import UsageError
 
 I32 = npt.NDArray[np.int32]
@@ -51,13 +60,13 @@ COUNT, GHOST, PROMISED, ASIDE_SMALL, ASIDE_MAIN = 3, 4, 8, 16, 32
     paper="Yang et al., SOSP 2023",
 )
 class S3Fifo:
-    """State: `counters` int64[13]; `marks` uint8[n_identities]; `rings` int32[3, capacity]; `ghosts` and `places`
+    """State: `counters` int64[13]; `marks` uint8[n_identities]; `rings` and `slots`, `ghosts` and `places`
     int32[n_identities, 1], see `structures.rings`."""
 
     @staticmethod
     def setup(
         stream: Stream, capacity: int, small: float = 0.1, ghost: float = 0.9, threshold: int = 2
-    ) -> tuple[I64, U8, I32, I32, I32]:
+    ) -> tuple[I64, U8, I32, I32, I32, I32]:
         if not 0 < small < 1:
             raise UsageError(f"s3fifo: small={small} must lie between 0 and 1")
         if not 0 <= ghost <= 100:
@@ -70,40 +79,51 @@ class S3Fifo:
         counters[MAIN_LIMIT] = capacity - small_blocks
         counters[THRESHOLD] = threshold
         counters[PLACES] = stream.semantics != "object" or small_blocks > 1 or capacity >= stream.n_identities
+        rings, slots = new_rings(3, capacity, stream.n_identities, stream.removes)
         return (
             counters,
             np.zeros(stream.n_identities, np.uint8),
-            np.zeros((3, capacity), np.int32),
+            rings,
+            slots,
             new_ghosts(stream.n_identities, int(capacity * ghost)),
             np.zeros((stream.n_identities, 1), np.int32),
         )
 
     @staticmethod
-    def admit(key: int, now: int, pins: I32, counters: I64, marks: U8, rings: I32, ghosts: I32, places: I32) -> bool:
+    def admit(
+        key: int, now: int, pins: I32,
+        counters: I64, marks: U8, rings: I32, slots: I32, ghosts: I32, places: I32,
+    ) -> bool:  # fmt: skip
         return counters[PLACES] != 0
 
     @staticmethod
-    def insert(key: int, now: int, counters: I64, marks: U8, rings: I32, ghosts: I32, places: I32) -> None:
+    def insert(key: int, now: int, counters: I64, marks: U8, rings: I32, slots: I32, ghosts: I32, places: I32) -> None:
         was = marks[key]
         marks[key] = 0
         if was & GHOST:
             forget(ghosts, places, key)
         full = counters[EVICTED] == 0 and counters[IN_SMALL] >= counters[SMALL_LIMIT]
         if was & (GHOST | PROMISED) or full:
-            ring_push(rings, counters, MAIN, key)
+            ring_push(rings, counters, slots, MAIN, key)
             counters[IN_MAIN] += 1
         else:
-            ring_push(rings, counters, SMALL, key)
+            ring_push(rings, counters, slots, SMALL, key)
             counters[IN_SMALL] += 1
 
     @staticmethod
-    def hit(key: int, pinned: bool, now: int, counters: I64, marks: U8, rings: I32, ghosts: I32, places: I32) -> None:
+    def hit(
+        key: int, pinned: bool, now: int,
+        counters: I64, marks: U8, rings: I32, slots: I32, ghosts: I32, places: I32,
+    ) -> None:  # fmt: skip
         mark = marks[key]
         if (mark & COUNT) < COUNT:
             marks[key] = mark + 1
 
     @staticmethod
-    def evict(key: int, now: int, pins: I32, counters: I64, marks: U8, rings: I32, ghosts: I32, places: I32) -> int:
+    def evict(
+        key: int, now: int, pins: I32,
+        counters: I64, marks: U8, rings: I32, slots: I32, ghosts: I32, places: I32,
+    ) -> int:  # fmt: skip
         counters[EVICTED] = 1
         if marks[key] & GHOST:
             forget(ghosts, places, key)
@@ -112,10 +132,10 @@ class S3Fifo:
             over = counters[IN_MAIN] > counters[MAIN_LIMIT] and ring_length(counters, MAIN) > 0
             if over or ring_length(counters, SMALL) + ring_length(counters, RETURNED) == 0:
                 while ring_length(counters, MAIN) > 0:
-                    candidate = np.uintp(ring_pop(rings, counters, MAIN))
+                    candidate = np.uintp(ring_pop(rings, counters, slots, MAIN))
                     if marks[candidate] & COUNT:
                         marks[candidate] -= 1
-                        ring_push(rings, counters, MAIN, candidate)
+                        ring_push(rings, counters, slots, MAIN, candidate)
                     elif pins[candidate] > 0:
                         marks[candidate] = ASIDE_MAIN
                     else:
@@ -123,10 +143,10 @@ class S3Fifo:
                         return np.int64(candidate)
             while ring_length(counters, SMALL) + ring_length(counters, RETURNED) > 0:
                 ring = RETURNED if ring_length(counters, RETURNED) > 0 else SMALL
-                candidate = np.uintp(ring_pop(rings, counters, ring))
+                candidate = np.uintp(ring_pop(rings, counters, slots, ring))
                 if (marks[candidate] & COUNT) >= counters[THRESHOLD]:
                     marks[candidate] = 0
-                    ring_push(rings, counters, MAIN, candidate)
+                    ring_push(rings, counters, slots, MAIN, candidate)
                     counters[IN_SMALL] -= 1
                     counters[IN_MAIN] += 1
                 elif pins[candidate] > 0:
@@ -140,11 +160,19 @@ class S3Fifo:
                     return np.int64(candidate)
 
     @staticmethod
-    def unpin(key: int, counters: I64, marks: U8, rings: I32, ghosts: I32, places: I32) -> None:
+    def unpin(key: int, counters: I64, marks: U8, rings: I32, slots: I32, ghosts: I32, places: I32) -> None:
         mark = marks[key]
         if mark & ASIDE_SMALL:
             marks[key] = mark & COUNT
-            ring_push(rings, counters, RETURNED, key)
+            ring_push(rings, counters, slots, RETURNED, key)
         elif mark & ASIDE_MAIN:
             marks[key] = mark & COUNT
-            ring_push(rings, counters, MAIN, key)
+            ring_push(rings, counters, slots, MAIN, key)
+
+    @staticmethod
+    def remove(key: int, counters: I64, marks: U8, rings: I32, slots: I32, ghosts: I32, places: I32) -> None:
+        if ring_remove(rings, counters, slots, key) == MAIN:
+            counters[IN_MAIN] -= 1
+        else:
+            counters[IN_SMALL] -= 1
+        marks[key] = 0

@@ -142,3 +142,8 @@ class Slru:
     @staticmethod
     def unpin(key: int, links: Links, level: U8, counters: I64) -> None:
         _enter(links, level, counters, key, np.int64(level[key]))
+
+    @staticmethod
+    def remove(key: int, links: Links, level: U8, counters: I64) -> None:
+        unlink(links, key)
+        counters[FIRST + np.int64(level[key])] -= 1

@@ -32,6 +32,7 @@ class Stream:
         arrival_ns: int64[n_requests]; where they are not, one second lies between two requests.
         priority: int32[n_requests], lower first, as vLLM has it; 0 where unknown.
         request_class: int32[n_requests], dense ids of (type, turn); 0 where unknown.
+        removes: blocks may be taken out otherwise than by eviction (`remove`).
     """
 
     refs: I32
@@ -45,6 +46,7 @@ class Stream:
     arrival_ns: I64 = field(default_factory=lambda: np.zeros(0, np.int64))
     priority: I32 = field(default_factory=lambda: np.zeros(0, np.int32))
     request_class: I32 = field(default_factory=lambda: np.zeros(0, np.int32))
+    removes: bool = False
     _shared: dict[str, Any] = field(default_factory=dict, repr=False)
     _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 

@@ -101,3 +101,7 @@ class Ttl:
     def unpin(key: int, links: Links, used: I64, arrival: I64, clock: I64) -> None:
         push_new(links, links.shape[0] - 1, key)
         used[key] = clock[NOW_NS]
+
+    @staticmethod
+    def remove(key: int, links: Links, used: I64, arrival: I64, clock: I64) -> None:
+        unlink(links, key)

@@ -26,7 +26,16 @@ import numpy.typing as npt
 from kvtrace_replay.policies.registry import policy
 from kvtrace_replay.policies.stream import Stream
 from kvtrace_replay.structures.lists import Links, new_lists, oldest, push_new, unlink
-from kvtrace_replay.structures.rings import forget, new_ghosts, remember, ring_length, ring_pop, ring_push
+from kvtrace_replay.structures.rings import (
+    forget,
+    new_ghosts,
+    new_rings,
+    remember,
+    ring_length,
+    ring_pop,
+    ring_push,
+    ring_remove,
+)
 from kvtrace_traces.errors import UsageError
 
 I32 = npt.NDArray[np.int32]
@@ -48,10 +57,12 @@ NOWHERE, IN_A1, ASIDE, IN_AM, GHOST, PROMISED = range(6)
 )
 class TwoQ:
     """State: `counters` int64[7]; `where` uint8[n_identities]; `links`, one list, `Am`, and the places of
-    ghosts; `rings` int32[2, capacity]; `ghosts`, see `structures.rings`."""
+    ghosts; `rings`, `slots` and `ghosts`, see `structures.rings`."""
 
     @staticmethod
-    def setup(stream: Stream, capacity: int, a_in: float = 0.25, a_out: float = 0.5) -> tuple[I64, U8, Links, I32, I32]:
+    def setup(
+        stream: Stream, capacity: int, a_in: float = 0.25, a_out: float = 0.5
+    ) -> tuple[I64, U8, Links, I32, I32, I32]:
         if not 0 < a_in <= 1:
             raise UsageError(f"2q: a_in={a_in} must be above 0 and at most 1")
         if not 0 <= a_out <= 100:
@@ -63,19 +74,19 @@ class TwoQ:
             counters,
             np.zeros(stream.n_identities, np.uint8),
             new_lists(stream.n_identities, 1),
-            np.zeros((2, capacity), np.int32),
+            *new_rings(2, capacity, stream.n_identities, stream.removes),
             new_ghosts(stream.n_identities, int(capacity * a_out)),
         )
 
     @staticmethod
     def admit(
         key: int, now: int, pins: I32,
-        counters: I64, where: U8, links: Links, rings: I32, ghosts: I32,
+        counters: I64, where: U8, links: Links, rings: I32, slots: I32, ghosts: I32,
     ) -> bool:  # fmt: skip
         return counters[PLACES] != 0
 
     @staticmethod
-    def insert(key: int, now: int, counters: I64, where: U8, links: Links, rings: I32, ghosts: I32) -> None:
+    def insert(key: int, now: int, counters: I64, where: U8, links: Links, rings: I32, slots: I32, ghosts: I32) -> None:
         was = where[key]
         if was == GHOST:
             forget(ghosts, links, key)
@@ -84,13 +95,13 @@ class TwoQ:
             push_new(links, links.shape[0] - 1, key)
         else:
             where[key] = IN_A1
-            ring_push(rings, counters, QUEUE, key)
+            ring_push(rings, counters, slots, QUEUE, key)
             counters[IN_QUEUE] += 1
 
     @staticmethod
     def hit(
         key: int, pinned: bool, now: int,
-        counters: I64, where: U8, links: Links, rings: I32, ghosts: I32,
+        counters: I64, where: U8, links: Links, rings: I32, slots: I32, ghosts: I32,
     ) -> None:  # fmt: skip
         if not pinned and where[key] == IN_AM:
             unlink(links, key)
@@ -99,7 +110,7 @@ class TwoQ:
     @staticmethod
     def evict(
         key: int, now: int, pins: I32,
-        counters: I64, where: U8, links: Links, rings: I32, ghosts: I32,
+        counters: I64, where: U8, links: Links, rings: I32, slots: I32, ghosts: I32,
     ) -> int:  # fmt: skip
         if where[key] == GHOST:
             forget(ghosts, links, key)
@@ -110,7 +121,7 @@ class TwoQ:
             least = np.intp(oldest(links, head))
             if (counters[IN_QUEUE] > counters[LIMIT] and waiting > 0) or least == head:
                 ring = RETURNED if ring_length(counters, RETURNED) > 0 else QUEUE
-                candidate = np.uintp(ring_pop(rings, counters, ring))
+                candidate = np.uintp(ring_pop(rings, counters, slots, ring))
                 if pins[candidate] > 0:
                     where[candidate] = ASIDE
                     continue
@@ -125,14 +136,23 @@ class TwoQ:
             return least
 
     @staticmethod
-    def pin(key: int, counters: I64, where: U8, links: Links, rings: I32, ghosts: I32) -> None:
+    def pin(key: int, counters: I64, where: U8, links: Links, rings: I32, slots: I32, ghosts: I32) -> None:
         if where[key] == IN_AM:
             unlink(links, key)
 
     @staticmethod
-    def unpin(key: int, counters: I64, where: U8, links: Links, rings: I32, ghosts: I32) -> None:
+    def unpin(key: int, counters: I64, where: U8, links: Links, rings: I32, slots: I32, ghosts: I32) -> None:
         if where[key] == IN_AM:
             push_new(links, links.shape[0] - 1, key)
         elif where[key] == ASIDE:
             where[key] = IN_A1
-            ring_push(rings, counters, RETURNED, key)
+            ring_push(rings, counters, slots, RETURNED, key)
+
+    @staticmethod
+    def remove(key: int, counters: I64, where: U8, links: Links, rings: I32, slots: I32, ghosts: I32) -> None:
+        if where[key] == IN_AM:
+            unlink(links, key)
+        else:
+            ring_remove(rings, counters, slots, key)
+            counters[IN_QUEUE] -= 1
+        where[key] = NOWHERE

@@ -30,6 +30,7 @@ from kvtrace_replay.policies.registry import policy
     "vllm",
     summary="vLLM's free queue, which in the open loop is lru; in `simulate`, the engine's own pool",
     paper="vLLM 0.32.0, vllm/v1/core/block_pool.py",
+    by_last_use=True,
 )
 class Vllm:
     """State: that of `lru`."""
@@ -40,3 +41,4 @@ class Vllm:
     evict = Lru.evict
     pin = Lru.pin
     unpin = Lru.unpin
+    remove = Lru.remove

@@ -159,6 +159,14 @@ class WorkloadAware:
         facts[key, TIME] = at[NOW_NS]
         _queue(key, links, facts, classes, at)
 
+    @staticmethod
+    def remove(
+        key: int,
+        request_of: I32, request_class: I32, arrival_ns: I64, depths: I32, links: Links, facts: I64, classes: F64,
+        at: I64,
+    ) -> None:  # fmt: skip
+        unlink(links, key)
+
 
 @njit(cache=False)
 def _queue(key: int, links: Links, facts: I64, classes: F64, at: I64) -> None:

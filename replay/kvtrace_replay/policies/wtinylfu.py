@@ -46,11 +46,13 @@ from kvtrace_replay.structures.indices import as_index
 from kvtrace_replay.structures.lists import oldest, push_new, unlink
 from kvtrace_replay.structures.sketch import (
     Counters,
+    Wide,
     new_sketch,
     sketch_add,
     sketch_estimate,
     sketch_halve,
     sketch_hashes,
+    sketch_magic,
 )
 from kvtrace_traces.compile import njit
 from kvtrace_traces.errors import UsageError
@@ -64,41 +66,41 @@ WINDOW, PROBATION, PROTECTED = range(3)
 # Columns of `rows`, after the links: the part, the hashes, 0 or 1 + uses not yet in the filter.
 PART, HASH_A, HASH_B, OWN_COUNT = range(2, 6)
 # Slots of `counts`.
-IN_PROBATION, IN_PROTECTED, MOST_PROBATION, MOST_PROTECTED, HITS, HITS_TO_HALVE, HIGH, N_HIGH = range(8)
+IN_PROBATION, IN_PROTECTED, MOST_PROBATION, MOST_PROTECTED, HITS, HITS_TO_HALVE, HIGH, N_HIGH, MAGIC = range(9)
 LEAST_HIGH = 32
 
 
 @njit(cache=False)
-def _count(rows: U32, counters: Counters, high: I32, counts: I64, key: int) -> None:
+def _count(rows: U32, counters: Counters, wide: Wide, high: I32, counts: I64, key: int) -> None:
     """A use of `key`."""
     if rows[key, OWN_COUNT] > 0:
         rows[key, OWN_COUNT] += np.uint32(1)
-    elif sketch_add(counters, rows[key, HASH_A], rows[key, HASH_B], 1) >= counts[HIGH]:
+    elif sketch_add(counters, wide, counts[MAGIC], rows[key, HASH_A], rows[key, HASH_B], 1) >= counts[HIGH]:
         rows[key, OWN_COUNT] = 1
         high[counts[N_HIGH]] = key
         counts[N_HIGH] += 1
 
 
 @njit(cache=False)
-def _carry_over(rows: U32, counters: Counters, high: I32, counts: I64) -> None:
+def _carry_over(rows: U32, counters: Counters, wide: Wide, high: I32, counts: I64) -> None:
     """All uses come into the filter."""
     for i in range(counts[N_HIGH]):
         key = as_index(high[i])
         own: Any = np.int64(rows[key, OWN_COUNT])
-        sketch_add(counters, rows[key, HASH_A], rows[key, HASH_B], own - 1)
+        sketch_add(counters, wide, counts[MAGIC], rows[key, HASH_A], rows[key, HASH_B], own - 1)
         rows[key, OWN_COUNT] = 0
     counts[N_HIGH] = 0
 
 
 @njit(cache=False)
-def _is_used_more(rows: U32, counters: Counters, high: I32, counts: I64, one: int, other: int) -> bool:
-    ones = sketch_estimate(counters, rows[one, HASH_A], rows[one, HASH_B])
-    others = sketch_estimate(counters, rows[other, HASH_A], rows[other, HASH_B])
+def _is_used_more(rows: U32, counters: Counters, wide: Wide, high: I32, counts: I64, one: int, other: int) -> bool:
+    ones = sketch_estimate(counters, wide, counts[MAGIC], rows[one, HASH_A], rows[one, HASH_B])
+    others = sketch_estimate(counters, wide, counts[MAGIC], rows[other, HASH_A], rows[other, HASH_B])
     if max(ones, others) >= counts[HIGH]:
-        _carry_over(rows, counters, high, counts)
+        _carry_over(rows, counters, wide, high, counts)
         counts[HIGH] *= 2
-        ones = sketch_estimate(counters, rows[one, HASH_A], rows[one, HASH_B])
-        others = sketch_estimate(counters, rows[other, HASH_A], rows[other, HASH_B])
+        ones = sketch_estimate(counters, wide, counts[MAGIC], rows[one, HASH_A], rows[one, HASH_B])
+        others = sketch_estimate(counters, wide, counts[MAGIC], rows[other, HASH_A], rows[other, HASH_B])
     return ones > others
 
 
@@ -148,13 +150,13 @@ def _remove(rows: U32, counts: I64, key: int) -> None:
 )
 class WTinyLfu:
     """State: `rows` uint32[n_identities + 3, 6], of each block its links, its part and what its counting needs, in one
-    place; the last rows are the lists: the window, probation, protected, of blocks that may be evicted. `counters`, the
-    filter; `high` int32[n_identities], blocks that count for themselves; `counts` int64[8]: blocks on probation and
-    protected, held ones included, and the most there may be; hits since counts were halved, and after how many they
-    are; what a high estimate is, and the blocks in `high`."""
+    place; the last rows are the lists: the window, probation, protected, of blocks that may be evicted. `counters`
+    and `wide`, the filter; `high` int32[n_identities], blocks that count for themselves; `counts` int64[9]: blocks on
+    probation and protected, held ones included, and the most there may be; hits since counts were halved, and after how
+    many they are; what a high estimate is, the blocks in `high`, and the filter's `magic`."""
 
     @staticmethod
-    def setup(stream: Stream, capacity: int, window: float = 0.01) -> tuple[U32, Counters, I32, I64]:
+    def setup(stream: Stream, capacity: int, window: float = 0.01) -> tuple[U32, Counters, Wide, I32, I64]:
         if not 0 < window < 1:
             raise UsageError(f"wtinylfu: window={window} must be a share of the cache, above 0 and below 1")
         n = stream.n_identities
@@ -163,33 +165,36 @@ class WTinyLfu:
         rows = np.zeros((n + 3, 6), np.uint32)
         rows[n:, :2] = np.arange(n, n + 3, dtype=np.uint32)[:, None]
         rows[:n, HASH_A : HASH_B + 1] = stream.share("sketch hashes", lambda: sketch_hashes(n))
-        counts = np.array([0, 0, main - protected, protected, 0, 32 * main, LEAST_HIGH, 0], np.int64)
-        return rows, new_sketch(main), np.zeros(n, np.int32), counts
+        counters, wide = new_sketch(main)
+        limits = [main - protected, protected, 0, 32 * main, LEAST_HIGH, 0, sketch_magic(counters)]
+        return rows, counters, wide, np.zeros(n, np.int32), np.array([0, 0, *limits], np.int64)
 
     @staticmethod
-    def insert(key: int, now: int, rows: U32, counters: Counters, high: I32, counts: I64) -> None:
+    def insert(key: int, now: int, rows: U32, counters: Counters, wide: Wide, high: I32, counts: I64) -> None:
         rows[key, PART] = WINDOW
         push_new(rows, rows.shape[0] - 3, key)
-        _count(rows, counters, high, counts, key)
+        _count(rows, counters, wide, high, counts, key)
 
     @staticmethod
-    def hit(key: int, pinned: bool, now: int, rows: U32, counters: Counters, high: I32, counts: I64) -> None:
+    def hit(
+        key: int, pinned: bool, now: int, rows: U32, counters: Counters, wide: Wide, high: I32, counts: I64
+    ) -> None:
         if rows[key, PART] == WINDOW:
             if not pinned:
                 unlink(rows, key)
                 push_new(rows, rows.shape[0] - 3, key)
             return
         _use_in_main(rows, counts, key, pinned)
-        _count(rows, counters, high, counts, key)
+        _count(rows, counters, wide, high, counts, key)
         counts[HITS] += 1
         if counts[HITS] >= counts[HITS_TO_HALVE]:
             counts[HITS] = 0
-            _carry_over(rows, counters, high, counts)
-            sketch_halve(counters)
+            _carry_over(rows, counters, wide, high, counts)
+            sketch_halve(counters, wide)
             counts[HIGH] = max(LEAST_HIGH, counts[HIGH] >> 1)
 
     @staticmethod
-    def evict(key: int, now: int, pins: I32, rows: U32, counters: Counters, high: I32, counts: I64) -> int:
+    def evict(key: int, now: int, pins: I32, rows: U32, counters: Counters, wide: Wide, high: I32, counts: I64) -> int:
         window = rows.shape[0] - 3
         room = counts[MOST_PROBATION] + counts[MOST_PROTECTED] - counts[IN_PROBATION] - counts[IN_PROTECTED]
         while True:
@@ -203,21 +208,28 @@ class WTinyLfu:
             unlink(rows, candidate)
             if room > 0:
                 _enter_main(rows, counts, candidate)
-                _count(rows, counters, high, counts, candidate)
+                _count(rows, counters, wide, high, counts, candidate)
                 room -= 1
                 continue
-            if victim != window + PROTECTED and _is_used_more(rows, counters, high, counts, candidate, victim):
+            if victim != window + PROTECTED and _is_used_more(rows, counters, wide, high, counts, candidate, victim):
                 _remove(rows, counts, victim)
                 _enter_main(rows, counts, candidate)
             else:
                 victim = candidate
-            _count(rows, counters, high, counts, candidate)
+            _count(rows, counters, wide, high, counts, candidate)
             return victim
 
     @staticmethod
-    def pin(key: int, rows: U32, counters: Counters, high: I32, counts: I64) -> None:
+    def pin(key: int, rows: U32, counters: Counters, wide: Wide, high: I32, counts: I64) -> None:
         unlink(rows, key)
 
     @staticmethod
-    def unpin(key: int, rows: U32, counters: Counters, high: I32, counts: I64) -> None:
+    def unpin(key: int, rows: U32, counters: Counters, wide: Wide, high: I32, counts: I64) -> None:
         push_new(rows, rows.shape[0] - 3 + np.int64(rows[key, PART]), key)
+
+    @staticmethod
+    def remove(key: int, rows: U32, counters: Counters, wide: Wide, high: I32, counts: I64) -> None:
+        if rows[key, PART] == WINDOW:
+            unlink(rows, key)
+        else:
+            _remove(rows, counts, key)

@@ -7,6 +7,10 @@ rise costs one renewal at most, and none where a block is hit often between two 
 Each node has four children, which lie side by side: half the levels of a binary heap, and each costs one look into
 memory.
 
+A key can leave from the middle as well, by being told apart: scores grow with time, so that an entry made before its
+key was placed the last time is known by its score. Such entries stay until they are on top or the heap is full; who has
+them gives the heap twice the room.
+
 State: `heap` int64[at least the number of keys, 2], rows of score and key; its length stands in a counter that the
 caller keeps.
 """

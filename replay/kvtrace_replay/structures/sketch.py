@@ -5,7 +5,12 @@ with it: sized for an error of 0.001 at `entries` blocks; each block has ten of 
 (modulo 2^32, then the number of counters), with a and b the low halves of XXH64 of the block's id as eight bytes
 under two seeds. Adding increments all ten; the estimate is the least of them; `halve` halves all, so that old counts
 fade. A counter stops at 65,535 (there they have 32 bits), far above what decides between two blocks that may both go.
-XXH64: Y. Collet, xxHash specification 0.1."""
+Few counters are high, so each has a byte, which more of a processor's cache holds; from 255 on, it stands in the array
+`wide` instead, and the byte says so. XXH64: Y. Collet, xxHash specification 0.1.
+
+Ten divisions would be most of the work, so a place is found by multiplying: D. Lemire, O. Kaser, N. Kurz, "Faster
+remainder by direct computation", Software: Practice and Experience 49(6), 2019. `magic` is the constant that this takes
+for a number of counters."""
 
 from __future__ import annotations
 
@@ -17,19 +22,27 @@ import numpy.typing as npt
 
 from kvtrace_traces.compile import njit
 
-Counters = npt.NDArray[np.uint16]
+Counters = npt.NDArray[np.uint8]
+Wide = npt.NDArray[np.uint16]
 Hashes = npt.NDArray[np.uint32]
 
 FULL = 0xFFFF  # where a counter stops
+IS_WIDE = 0xFF  # of `counters`: what is counted stands in `wide`
 PLACES = 10  # ceil(ln 2 * counters for each entry)
 _COUNTERS_PER_ENTRY = -math.log(0.001) / 0.480453013918201  # ln(2)^2
 _SEEDS = (0x12345678, 0x12344321)
 
 
-def new_sketch(entries: int) -> Counters:
-    """All zero, uint16[number of counters]."""
+def new_sketch(entries: int) -> tuple[Counters, Wide]:
+    """All zero: (counters uint8, wide uint16), each of the number of counters."""
     needed = math.ceil(_COUNTERS_PER_ENTRY * entries)
-    return np.zeros(needed if needed >= PLACES else 2 * PLACES, np.uint16)
+    size = needed if needed >= PLACES else 2 * PLACES
+    return np.zeros(size, np.uint8), np.zeros(size, np.uint16)
+
+
+def sketch_magic(counters: Counters) -> int:
+    """The constant for this many counters, as an int64 of the same bits."""
+    return int(np.array([(2**64 - 1) // counters.size + 1], np.uint64).view(np.int64)[0])
 
 
 def sketch_hashes(n_identities: int) -> Hashes:
@@ -65,32 +78,67 @@ def _xxh64(ids: npt.NDArray[np.uint64], seed: int) -> npt.NDArray[np.uint64]:
 
 
 @njit(cache=False)
-def sketch_add(counters: Counters, a: int, b: int, times: int) -> int:
-    """Counts the block of hashes `a` and `b` (uint32) so many times; modifies `counters`; returns its estimate."""
-    # 32-bit arithmetic throughout: it wraps around as it must, and its division is the quick one.
-    at, size = a, np.uint32(counters.size)
+def _place(at: Any, magic: Any, size: Any) -> Any:
+    """`at` (uint32) modulo `size`, both multiplications in 64 bits: the upper half of a product of 96."""
+    fraction = magic * np.uint64(at)
+    low = (fraction & np.uint64(0xFFFFFFFF)) * size >> np.uint64(32)
+    return np.intp((fraction >> np.uint64(32)) * size + low >> np.uint64(32))
+
+
+@njit(cache=False)
+def _add_wide(counters: Counters, wide: Wide, place: Any, times: int) -> int:
+    """`sketch_add` to a counter that is wide, or will be."""
+    before = np.int64(wide[place]) if counters[place] == IS_WIDE else np.int64(counters[place])
+    count: Any = min(before + times, FULL)
+    counters[place] = IS_WIDE
+    wide[place] = count
+    return count
+
+
+@njit(cache=False)
+def sketch_add(counters: Counters, wide: Wide, magic: int, a: int, b: int, times: int) -> int:
+    """Counts the block of hashes `a` and `b` (uint32) so many times; modifies the arrays; returns its estimate."""
+    at: Any = a
     least: Any = np.int64(FULL)
     for _ in range(PLACES):
-        place = np.intp(at % size)
-        count: Any = min(np.int64(counters[place]) + times, FULL)
-        counters[place] = count
+        place = _place(at, np.uint64(magic), np.uint64(counters.size))
+        count: Any = np.int64(counters[place]) + times
+        if count < IS_WIDE:
+            counters[place] = count
+        else:
+            count = _add_wide(counters, wide, place, times)
         least = min(least, count)
-        at = np.uint32(at + b)  # type: ignore[assignment]
+        at = np.uint32(at + b)  # wraps around, as it must
     return least
 
 
 @njit(cache=False)
-def sketch_estimate(counters: Counters, a: int, b: int) -> int:
+def sketch_estimate(counters: Counters, wide: Wide, magic: int, a: int, b: int) -> int:
     """How often the block of these hashes was counted, or more."""
-    at, size, least = a, np.uint32(counters.size), np.uint16(FULL)
+    at: Any = a
+    least = np.uint8(IS_WIDE)
     for _ in range(PLACES):
-        least = min(least, counters[np.intp(at % size)])
-        at = np.uint32(at + b)  # type: ignore[assignment]
-    return np.int64(least)  # type: ignore[return-value]
+        least = min(least, counters[_place(at, np.uint64(magic), np.uint64(counters.size))])
+        at = np.uint32(at + b)
+    if least < IS_WIDE:
+        return np.int64(least)  # type: ignore[return-value]
+    at = a
+    most = np.uint16(FULL)
+    for _ in range(PLACES):  # all are wide
+        most = min(most, wide[_place(at, np.uint64(magic), np.uint64(counters.size))])
+        at = np.uint32(at + b)
+    return np.int64(most)  # type: ignore[return-value]
 
 
 @njit(cache=False)
-def sketch_halve(counters: Counters) -> None:
-    """Halves all counts; modifies `counters`."""
+def sketch_halve(counters: Counters, wide: Wide) -> None:
+    """Halves all counts; modifies the arrays."""
     for at in range(counters.size):
-        counters[at] >>= np.uint16(1)
+        if counters[at] < IS_WIDE:
+            counters[at] >>= np.uint8(1)
+            continue
+        half = wide[at] >> np.uint16(1)
+        if half < IS_WIDE:
+            counters[at] = half
+        else:
+            wide[at] = half

@@ -12,7 +12,8 @@ A range of references (a prompt, an output, or a single block in `object` semant
    evicts is on offer further down;
 4. what an inclusive tier dropped is dropped above it.
 
-In the top tier a request's blocks stay pinned until it finishes, and so do their copies in inclusive tiers.
+In the top tier a request's blocks stay pinned until it finishes, and so do their copies in inclusive tiers. Over an
+import, a tier whose policy's order no use changes pins nothing, as in the plain cache (see `in_order`).
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from kvtrace_replay.tiers.levels import (
     I64,
     U8,
     age,
-    first_tier,
     invalidate,
     release,
     serve_below,
     serve_top,
     start,
 )
+from kvtrace_replay.tiers.mask import first_tier
 from kvtrace_replay.tiers.words import BAD_TIER, BLOCK_HITS, INCLUSIVE, LOST, PIN_OVERFLOWS, TOKEN_HITS
 from kvtrace_traces.compile import njit
 

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvtrace_replay.cache.hooks import admit, begin, evict, expire, hit, insert, pin, unpin
-from kvtrace_replay.tiers.removal import remove
+from kvtrace_replay.cache.hooks import admit, begin, evict, expire, hit, insert, pin, remove, unpin
+from kvtrace_replay.tiers.in_order import place_in_order, touch_in_order, write_in_order
+from kvtrace_replay.tiers.mask import first_tier, forget
 from kvtrace_replay.tiers.words import (
     ABSENT,
     BAD_TIER,
@@ -33,6 +34,7 @@ from kvtrace_replay.tiers.words import (
     EXCLUSIVE,
     EXPIRED,
     HELD,
+    IN_ORDER,
     INCLUSIVE,
     INVALIDATED,
     LOST,
@@ -50,34 +52,6 @@ from kvtrace_traces.compile import njit
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 U8 = npt.NDArray[np.uint8]
-
-
-@njit(cache=False)
-def first_tier(mask: int) -> int:
-    """The first tier of a block's `mask`, which is not 0."""
-    tiers = np.int64(mask)
-    k = 0
-    while tiers & 1 == 0:
-        tiers >>= 1
-        k += 1
-    return k
-
-
-@njit(cache=False)
-def _forget(
-    k: int, key: int, rules: I64, totals: I64, counts: I64, mask: U8, lost: I32, lost_from: U8, pins: I32
-) -> None:
-    """Tier k gave up `key`; where it is inclusive, the tiers above must."""
-    bit = 1 << k
-    pins[key] = ABSENT
-    mask[key] &= 255 - bit
-    totals[k, RESIDENT] -= 1
-    above = mask[key] & (bit - 1)
-    if rules[k, INCLUSIVE] and above:
-        mask[key] &= 255 - above
-        lost[counts[LOST]] = key
-        lost_from[counts[LOST]] = above
-        counts[LOST] += 1
 
 
 @njit
@@ -101,7 +75,7 @@ def age(
         if dropped >= pins.size or pins[dropped] != 0:
             counts[BAD_TIER] = k + 1
             return
-        _forget(k, dropped, rules, totals, counts, mask, lost, lost_from, pins)
+        forget(k, dropped, rules, totals, counts, mask, lost, lost_from, pins)
         totals[k, EXPIRED] += 1
         dropped = expire(tag, now, pins, s0, s1, s2, s3, s4, s5, s6, s7)
 
@@ -202,7 +176,7 @@ def _place(
             if victim < 0 or victim >= pins.size or pins[victim] != 0:
                 counts[BAD_TIER] = k + 1  # a defect of the policy; memory must stay whole
                 return
-            _forget(k, victim, rules, totals, counts, mask, lost, lost_from, pins)
+            forget(k, victim, rules, totals, counts, mask, lost, lost_from, pins)
             totals[k, EVICTIONS] += 1
             victims[counts[VICTIMS]] = victim
             counts[VICTIMS] += 1
@@ -253,7 +227,7 @@ def _write_through(
 
 
 @njit(cache=False)
-def _accept(
+def accept(
     tag: Any, k: int, pinning: bool, rules: I64, totals: I64, counts: I64, mask: U8, used: U8, last_use: I64,
     victims: I32, pins: I32, s0: Any, s1: Any, s2: Any, s3: Any, s4: Any, s5: Any, s6: Any, s7: Any,
 ) -> None:  # fmt: skip
@@ -320,6 +294,13 @@ def serve_top(
 ) -> bool:  # fmt: skip
     """The top tier takes the range, of which the references before `run_end` are hits of some tier. Returns True when
     a block was left out for want of room."""
+    if rules[0, IN_ORDER]:
+        counts[VICTIMS] = 0
+        place_in_order(
+            tag, refs, lo, run_end, hi, counting, rules, totals, counts, mask, used, last_use, held, victims, lost,
+            lost_from, top, s0, s1, s2, s3, s4, s5, s6, s7,
+        )  # fmt: skip
+        return False
     _touch(tag, 0, refs, lo, hi, pinning, rules, totals, mask, top, held, top, s0, s1, s2, s3, s4, s5, s6, s7)
     overflow = _choose(
         tag, refs, lo, run_end, hi, counting, rules, totals, mask, used, last_use, held, top,
@@ -341,6 +322,19 @@ def serve_below(
 ) -> None:  # fmt: skip
     """Tier k, not the top, uses what it has of the range, takes what comes from above (copies of the range, or the
     victims), and lets go of the range; an inclusive tier does so when the top tier does."""
+    if rules[k, IN_ORDER]:
+        touch_in_order(tag, k, refs, lo, hi, rules, totals, mask, top, pins, s0, s1, s2, s3, s4, s5, s6, s7)
+        if rules[k, THROUGH]:
+            write_in_order(
+                tag, k, refs, lo, hi, rules, totals, counts, mask, top, used, victims, lost, lost_from, pins,
+                s0, s1, s2, s3, s4, s5, s6, s7,
+            )  # fmt: skip
+        elif counts[VICTIMS] > 0:
+            accept(
+                tag, k, False, rules, totals, counts, mask, used, last_use, victims, pins,
+                s0, s1, s2, s3, s4, s5, s6, s7,
+            )  # fmt: skip
+        return
     _touch(tag, k, refs, lo, hi, pinning, rules, totals, mask, top, held, pins, s0, s1, s2, s3, s4, s5, s6, s7)
     if rules[k, THROUGH]:
         _write_through(
@@ -348,7 +342,7 @@ def serve_below(
             pins, s0, s1, s2, s3, s4, s5, s6, s7,
         )  # fmt: skip
     elif counts[VICTIMS] > 0:
-        _accept(
+        accept(
             tag, k, pinning, rules, totals, counts, mask, used, last_use, victims, pins, s0, s1, s2, s3, s4, s5, s6, s7
         )
     if pinning and not rules[k, INCLUSIVE]:

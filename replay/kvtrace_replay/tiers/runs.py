@@ -17,12 +17,11 @@ from kvtrace_replay.capacity import parse_capacity
 from kvtrace_replay.policies.registry import MAX_STATE, Policy, find_policy
 from kvtrace_replay.tiers import words
 from kvtrace_replay.tiers.driver import tiers_driver
-from kvtrace_replay.tiers.spec import Tier, check_tiers, parse_bandwidth, parse_tier, uses_of
+from kvtrace_replay.tiers.spec import SEMANTICS, Tier, check_tiers, gives_up, parse_bandwidth, parse_tier, uses_of
 from kvtrace_replay.workload.model import Workload
 from kvtrace_traces.compile import warm
 from kvtrace_traces.errors import KvtraceError, UsageError
 
-SEMANTICS = ("object", "prefix")
 Row = dict[str, Any]
 I64 = npt.NDArray[np.int64]
 
@@ -144,7 +143,10 @@ def _drive(levels: list[_Level], run: Prepared) -> _Found:
         rules[k, words.EXCLUSIVE] = level.tier.mode == "exclusive"
         rules[k, words.INCLUSIVE] = level.tier.mode == "inclusive"
         rules[k, words.PROMOTE] = level.tier.promote
-        state = level.entry.state(stream, size)
+        # An inclusive tier must keep what the top tier has of a request, so it holds that whatever its policy.
+        in_order = level.entry.in_order and stream.semantics == "prefix" and not run.concurrent
+        rules[k, words.IN_ORDER] = in_order and level.tier.mode != "inclusive"
+        state = level.entry.state(replace(stream, removes=gives_up([level.tier for level in levels], k)), size)
         padding = (UNUSED,) * (MAX_STATE - len(state))
         slots.append((level.entry.tag, np.full(n, words.ABSENT, np.int32), *state, *padding))
     # Of the same types as the last tier's, so that unused slots compile nothing of their own.

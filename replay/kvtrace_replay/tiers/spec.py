@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvtrace_replay.policies.registry import find_policy
-from kvtrace_replay.tiers.removal import removable, removal_of
+from kvtrace_replay.policies.registry import Policy, find_policy, policies
 from kvtrace_replay.tiers.words import MAX_TIERS
 from kvtrace_traces.errors import UsageError
 
+SEMANTICS = ("object", "prefix")
 MODES = ("nine", "inclusive", "exclusive")
 WRITES = ("through", "demote")
 FORM = "NAME:CAPACITY[:KEY=VALUE,...]"
@@ -168,15 +168,26 @@ def _check_tier(tier: Tier) -> None:
 
 
 def _check_removal(tiers: Sequence[Tier], k: int) -> None:
-    """Blocks leave tier `k` other than by eviction when it is exclusive and when one below it is inclusive."""
+    tier, entry = tiers[k], find_policy(tiers[k].policy)
+    if entry.removable or not gives_up(tiers, k) or not _has_tiers(entry):
+        return
     below = [tier.name for tier in tiers[k + 1 :] if tier.mode == "inclusive"]
-    tier = tiers[k]
-    if (tier.mode == "exclusive" or below) and removal_of(find_policy(tier.policy)) is None:
-        cause = "mode=exclusive" if tier.mode == "exclusive" else f"mode=inclusive of tier {below[0]!r}"
-        raise UsageError(
-            f"tier {tier.name!r}: policy {tier.policy!r} cannot give up a block that is not its victim, which {cause} "
-            f"asks for: take one of {', '.join(removable())}, or mode=nine"
-        )
+    cause = "mode=exclusive" if tier.mode == "exclusive" else f"mode=inclusive of tier {below[0]!r}"
+    able = ", ".join(other.name for other in policies() if other.removable)
+    raise UsageError(
+        f"tier {tier.name!r}: policy {entry.name!r} has no remove(), so it cannot give up a block that is not its "
+        f"victim, which {cause} asks for: give it one, take mode=nine, or one of {able}"
+    )
+
+
+def gives_up(tiers: Sequence[Tier], k: int) -> bool:
+    """Whether blocks leave tier `k` other than by eviction: it is exclusive, or one below it is inclusive."""
+    return tiers[k].mode == "exclusive" or any(tier.mode == "inclusive" for tier in tiers[k + 1 :])
+
+
+def _has_tiers(entry: Policy) -> bool:
+    """Whether it runs in semantics that tiers have; where not, that is what is said."""
+    return any(semantics in entry.semantics for semantics in SEMANTICS)
 
 
 def uses_of(tier: Tier) -> int:

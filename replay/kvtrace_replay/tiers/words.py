@@ -5,8 +5,8 @@ from __future__ import annotations
 MAX_TIERS = 4
 
 # Columns of `rules`, int64[MAX_TIERS, N_RULES].
-CAPACITY, USES, THROUGH, EXCLUSIVE, INCLUSIVE, PROMOTE = range(6)
-N_RULES = 6
+CAPACITY, USES, THROUGH, EXCLUSIVE, INCLUSIVE, PROMOTE, IN_ORDER = range(7)
+N_RULES = 7
 
 # Columns of `totals`, int64[MAX_TIERS, N_SUMS]. UP: blocks read out of this tier for a request; DOWN: blocks written
 # into it from above; INVALIDATED: dropped because an inclusive tier below evicted them. The last two are counts that

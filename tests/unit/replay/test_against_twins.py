@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtrace_replay import Workload, replay, replay_requests
+from kvtrace_replay.cache import recency_driver
 from kvtrace_traces.errors import UsageError
 from unit.replay.twins import make_workload, twin
 
@@ -88,6 +90,34 @@ def test_thousands_of_random_workloads(policy: str, semantics: str) -> None:
         least = 1 if semantics == "object" else largest
         capacity = rng.choice([least, least + 1, least + rng.randint(0, 8), least + 20, math.inf])
         check(workload, policy, semantics, capacity)
+
+
+@pytest.mark.parametrize("policy", ["lru", "vllm"])
+def test_an_import_is_replayed_by_time_stamps_as_by_its_events(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that end before the next begins; with a warm-up, and a log so short that it is closed up often."""
+    monkeypatch.setattr(recency_driver, "_SLOTS_PER_BLOCK", 1)
+    rng = random.Random(f"stamps {policy}")
+    evictions = 0
+    for case in range(150):
+        workload, _ = random_workload(rng)
+        if case % 3 == 0:
+            chains = [[rng.randrange(40) for _ in range(rng.randint(0, 6))] for _ in range(200)]
+            numbers: dict[int, int] = {}
+            chains = [[numbers.setdefault(block, len(numbers)) for block in chain] for chain in chains]
+            workload = make_workload(chains, prompt_blocks=[rng.randint(0, len(chain)) for chain in chains])
+        n = workload.n_requests
+        events = np.array([e for r in range(1, n + 1) for e in (r, -r)], np.int64)
+        told, untold = replace(workload, schedule=events), replace(workload, schedule=None)
+        largest = max([1, *(len(set(workload.identities[a:b].tolist())) for a, b in pairwise(workload.indptr))])
+        capacity = rng.choice([largest, largest + rng.randint(0, 9), math.inf])
+        share = rng.choice([0.0, 0.3, 0.9])
+        rows = [replay(w, policy, capacity, warmup=share)[0] for w in (told, untold)]
+        for row in rows:
+            del row["seconds"]
+        assert rows[0] == rows[1]
+        assert (replay_requests(told, policy, capacity) == replay_requests(untold, policy, capacity)).all()
+        evictions += rows[0]["evictions"]
+    assert evictions > 1000
 
 
 @settings(max_examples=300, deadline=None)

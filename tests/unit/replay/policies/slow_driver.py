@@ -49,6 +49,9 @@ class SlowPolicy:
     def admit(self, key: int, now: int, pins: Pins) -> bool:
         return True
 
+    def remove(self, key: int) -> None:
+        raise NotImplementedError
+
 
 @dataclass
 class SlowOutcome(Outcome):

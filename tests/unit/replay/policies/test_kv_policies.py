@@ -54,6 +54,9 @@ class _Facts(SlowPolicy):
     def unpin(self, key: int) -> None:
         self.stamped(key)
 
+    def remove(self, key: int) -> None:
+        pass  # it looks at what is resident
+
 
 class SlowLengthAware(_Facts):
     def __init__(self, workload: Workload, semantics: str) -> None:

@@ -13,6 +13,27 @@ from collections.abc import Callable
 from unit.replay.policies.slow_driver import Pins, SlowPolicy
 
 
+class Fifo(SlowPolicy):
+    """The block placed first of those that nobody holds."""
+
+    def __init__(self, capacity: int) -> None:
+        self.queue: list[int] = []
+
+    def insert(self, key: int, now: int) -> None:
+        self.queue.append(key)
+
+    def hit(self, key: int, pinned: bool, now: int) -> None:
+        pass
+
+    def evict(self, key: int, now: int, pins: Pins) -> int:
+        victim = next(block for block in self.queue if pins[block] == 0)
+        self.queue.remove(victim)
+        return victim
+
+    def remove(self, key: int) -> None:
+        self.queue.remove(key)
+
+
 class Clock(SlowPolicy):
     def __init__(self, capacity: int, most: int = 1) -> None:
         self.most = most
@@ -38,6 +59,9 @@ class Clock(SlowPolicy):
     def unpin(self, key: int) -> None:
         if key not in self.queue:
             self.queue.append(key)
+
+    def remove(self, key: int) -> None:
+        self.queue.remove(key)
 
 
 class Sieve(SlowPolicy):
@@ -68,6 +92,16 @@ class Sieve(SlowPolicy):
     def unpin(self, key: int) -> None:
         if key not in self.queue:
             self.queue.append(key)
+
+    def remove(self, key: int) -> None:
+        """The hand stays before the block that it was to look at next; behind the newest it is back at the oldest."""
+        at = self.queue.index(key)
+        self.queue.pop(at)
+        self.used.discard(key)
+        if at < self.hand:
+            self.hand -= 1
+        elif self.hand == len(self.queue):
+            self.hand = 0
 
 
 class S3Fifo(SlowPolicy):
@@ -159,6 +193,9 @@ class S3Fifo(SlowPolicy):
             self.aside_main.remove(key)
             self.main.append(key)
 
+    def remove(self, key: int) -> None:
+        next(queue for queue in (self.small, self.returned, self.main) if key in queue).remove(key)
+
 
 class TwoQ(SlowPolicy):
     def __init__(self, capacity: int, a_in: float = 0.25, a_out: float = 0.5, strict: bool = True) -> None:
@@ -221,6 +258,9 @@ class TwoQ(SlowPolicy):
             self.aside.remove(key)
             self.returned.append(key)
 
+    def remove(self, key: int) -> None:
+        next(queue for queue in (self.a_in, self.returned, self.a_m) if key in queue).remove(key)
+
 
 class Slru(SlowPolicy):
     def __init__(self, capacity: int, segments: int = 4, strict: bool = True) -> None:
@@ -271,6 +311,9 @@ class Slru(SlowPolicy):
 
     def unpin(self, key: int) -> None:
         self.enter(key)
+
+    def remove(self, key: int) -> None:
+        self.segments[self.level[key]].remove(key)
 
 
 class Arc(SlowPolicy):
@@ -347,6 +390,9 @@ class Arc(SlowPolicy):
     def unpin(self, key: int) -> None:
         (self.t1 if self.held.pop(key) == 1 else self.t2).append(key)
 
+    def remove(self, key: int) -> None:
+        (self.t1 if key in self.t1 else self.t2).remove(key)
+
 
 class Lfu(SlowPolicy):
     ages = False
@@ -381,6 +427,9 @@ class Lfu(SlowPolicy):
 
     def unpin(self, key: int) -> None:
         self.use(key, 0)
+
+    def remove(self, key: int) -> None:
+        del self.count[key]
 
 
 class Lfuda(Lfu):

@@ -33,6 +33,9 @@ class SlowVllm(SlowPolicy):
     def evict(self, key: int, now: int, pins: Pins) -> int:
         return self.free.pop(0)
 
+    def remove(self, key: int) -> None:
+        self.free.remove(key)
+
 
 class SlowTtl(SlowVllm):
     def __init__(self, capacity: int, workload: Workload, seconds: float) -> None:
@@ -88,6 +91,9 @@ class _Counting(SlowPolicy):
 
     def evictable(self, pins: Pins) -> Iterable[int]:
         return [key for key in self.uses if pins[key] == 0]
+
+    def remove(self, key: int) -> None:
+        del self.uses[key]
 
 
 class SlowLruK(_Counting):
@@ -180,14 +186,17 @@ class SlowRandom(SlowPolicy):
         self.swap(self.slots.index(key), self.evictable)
         self.evictable += 1
 
-    def remove(self, at: int) -> int:
+    def take(self, at: int) -> int:
         self.swap(at, self.evictable - 1)
         self.swap(self.evictable - 1, len(self.slots) - 1)
         self.evictable -= 1
         return self.slots.pop()
 
     def evict(self, key: int, now: int, pins: Pins) -> int:
-        return self.remove(self.dice.below(self.evictable))
+        return self.take(self.dice.below(self.evictable))
+
+    def remove(self, key: int) -> None:
+        self.take(self.slots.index(key))
 
 
 class SlowHyperbolic(SlowRandom):
@@ -214,7 +223,7 @@ class SlowHyperbolic(SlowRandom):
             block = self.slots[at]
             return self.uses[block] / (self.clock + 1 - self.since[block])
 
-        return self.remove(min(drawn, key=score))
+        return self.take(min(drawn, key=score))
 
 
 class SlowLeCaR(_Counting):
@@ -277,6 +286,10 @@ class SlowLeCaR(_Counting):
         self.recent.remove(victim)
         del self.uses[victim]
         return victim
+
+    def remove(self, key: int) -> None:
+        super().remove(key)
+        self.recent.remove(key)
 
 
 class SlowLirs(SlowPolicy):
@@ -368,6 +381,13 @@ class SlowLirs(SlowPolicy):
         if key not in self.lir:
             self.queue.append(key)
 
+    def remove(self, key: int) -> None:
+        self.lir.discard(key)
+        for among in (self.queue, self.stack):
+            if key in among:
+                among.remove(key)
+        self.prune()
+
 
 class SlowWTinyLfu(SlowPolicy):
     """`parts`: window, probation, protected: all resident blocks of each; `free`: those of each that may be evicted."""
@@ -448,6 +468,9 @@ class SlowWTinyLfu(SlowPolicy):
 
     def unpin(self, key: int) -> None:
         self.free[self.part_of(key)].append(key)
+
+    def remove(self, key: int) -> None:
+        self.leave(key)
 
 
 class SlowOptBypass(SlowPolicy):

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +15,13 @@ import pytest
 from kvtrace_replay import Workload
 from kvtrace_replay.cache.prepare import prepare
 from kvtrace_replay.tiers import Tier, replay_tiers, runs
+from unit.replay.policies.test_removal import TWINS
 from unit.replay.test_against_twins import random_schedule, random_workload
-from unit.replay.tiers.twin import TierTwin
+from unit.replay.tiers.twin import Factory, TierTwin
 from unit.replay.twins import make_workload
 
+# As `TierTwin` has it.
+POLICIES: dict[str, Factory] = {name: make for name, make in TWINS.items() if name not in ("lru", "fifo", "opt")}
 NAMES = ("hbm", "dram", "ssd", "far")
 
 
@@ -68,8 +75,10 @@ def random_tiers(rng: random.Random, least: int, policies: tuple[str, ...]) -> l
     return tiers
 
 
-def check(workload: Workload, tiers: list[Tier], semantics: str) -> TierTwin:
-    expected = TierTwin(workload, tiers, semantics).run()
+def check(
+    workload: Workload, tiers: list[Tier], semantics: str, factories: dict[str, Factory] | None = None
+) -> TierTwin:
+    expected = TierTwin(workload, tiers, semantics, factories).run()
     rows = replay_tiers(workload, tiers, semantics)
     for level, row in zip(expected.levels, rows, strict=False):
         sums = dataclasses.asdict(level.sums)
@@ -103,6 +112,55 @@ def test_thousands_of_random_workloads(policies: tuple[str, ...], semantics: str
         tiers = random_tiers(rng, 1 if semantics == "object" else largest, policies)
         # Unused slots have the types of the last tier, so 3 and 4 tiers of these policies share a driver.
         check(workload, tiers[: rng.choice([1, 2, 3, 4] if alike else [3, 4])], semantics)
+
+
+def check_giving_up(policy: str, semantics: str, cases: int) -> int:
+    """`policy` in an exclusive tier, and above an inclusive one; returns how many blocks it gave up."""
+    rng = random.Random(f"giving up {policy} {semantics}")
+    given_up = 0
+    for case in range(cases):
+        workload, largest = any_workload(rng)
+        n = workload.n_requests
+        arrivals = np.cumsum([rng.choice([0, 1, 1, 2, 5]) for _ in range(n)]).astype(np.int64) * 10**9
+        classes = np.array([rng.randrange(3) for _ in range(n)], np.int32)
+        workload = dataclasses.replace(workload, arrival_ns=arrivals, request_class=classes)
+        top = (1 if semantics == "object" else largest) + rng.choice([0, 0, 1, 4])
+        room = rng.choice([1, 2, 3, 5, 8, 12, 30])
+        promote = rng.random() < 0.7
+        if case % 2:
+            tiers = [Tier("hbm", top), Tier("dram", room, policy, mode="exclusive", promote=promote)]
+        else:
+            tiers = [Tier("hbm", top, policy), Tier("dram", top + rng.choice([0, 1, 4]), mode="inclusive")]
+        twin = check(workload, tiers, semantics, dict(POLICIES))
+        sums = twin.levels[1].sums
+        given_up += twin.levels[0].sums.invalidated_blocks
+        if case % 2:
+            given_up += sums.blocks_down - sums.evictions - sums.expired_blocks - len(twin.levels[1].pins)
+    return given_up
+
+
+@pytest.mark.parametrize("semantics", ["object", "prefix"])
+@pytest.mark.parametrize("policy", ["s3fifo", "lru-k"])
+def test_hundreds_of_exclusive_and_inclusive_tiers(policy: str, semantics: str) -> None:
+    assert check_giving_up(policy, semantics, 600) > 300
+
+
+def test_every_policy_in_exclusive_and_inclusive_tiers_uncompiled() -> None:
+    code = (
+        "from unit.replay.policies.test_removal import TWINS\n"
+        "from kvtrace_replay.policies import find_policy\n"
+        "from unit.replay.tiers.test_against_twin import check_giving_up\n"
+        "given_up = sum(\n"
+        "    check_giving_up(policy, semantics, 30)\n"
+        "    for policy in TWINS\n"
+        "    for semantics in ('object', 'prefix')\n"
+        "    if semantics in find_policy(policy).semantics\n"
+        ")\n"
+        "assert given_up > 500, given_up\n"
+    )
+    environment = {**os.environ, "NUMBA_DISABLE_JIT": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_the_random_cases_cover_what_they_are_for() -> None:

@@ -14,7 +14,6 @@ import pytest
 
 from kvtrace_replay import Workload, replay, replay_requests
 from kvtrace_replay.cache.prepare import prepare
-from kvtrace_replay.policies.registry import find_policy
 from kvtrace_replay.tiers import Tier, replay_tiers, runs
 from unit.replay.test_against_twins import random_workload
 from unit.replay.tiers.test_against_twin import random_tiers
@@ -43,8 +42,6 @@ def check_single_tier(policy: str, semantics: str, cases: int) -> None:
     rng = random.Random(f"{policy} {semantics}")
     for _ in range(cases):
         workload, largest = random_workload(rng)
-        if semantics == "prefix" and workload.schedule is None and find_policy(policy).in_order:
-            continue  # the plain cache holds nothing there; tiers hold a request's blocks whatever the policy
         arrivals = np.cumsum([rng.choice([0, 10**9, 10**11]) for _ in range(workload.n_requests)]).astype(np.int64)
         workload = replace(workload, arrival_ns=arrivals)  # which `ttl` asks for
         capacity = rng.choice([largest, largest + 2, largest + 9, "1k", "inf"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
@@ -93,10 +94,25 @@ def test_tiers_made_by_hand_are_checked_too() -> None:
             replay_tiers(WORKLOAD, [Tier("hbm", 1), tier], "object")
 
 
-def test_a_policy_that_cannot_give_up_a_block_is_refused_where_it_must() -> None:
-    for texts in (["hbm:1", "dram:2:policy=arc,mode=exclusive"], ["hbm:1:policy=arc", "dram:2:mode=inclusive"]):
-        with pytest.raises(UsageError, match="cannot give up a block that is not its victim"):
+def test_a_policy_that_cannot_give_up_a_block_is_refused_where_it_must(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from kvtrace_replay.policies import policy\n"
+        "from kvtrace_replay.policies.lru import Lru\n"
+        "@policy('rigid', summary='as lru', paper='none')\n"
+        "class Rigid:\n"
+        "    setup, insert, hit, evict = Lru.setup, Lru.insert, Lru.hit, Lru.evict\n"
+    )
+    mine = f"policy={tmp_path}/mine.py:Rigid"
+    for texts in (["hbm:1", f"dram:2:{mine},mode=exclusive"], [f"hbm:1:{mine}", "dram:2:mode=inclusive"]):
+        with pytest.raises(UsageError, match=r"has no remove\(\).* or one of .*arc.*wtinylfu") as caught:
             replay_tiers(WORKLOAD, texts, "object")
+        assert "\n" not in str(caught.value)
+    assert "sglang" not in str(caught.value)
+
+
+def test_a_policy_of_the_tree_has_no_tiers() -> None:
+    with pytest.raises(UsageError, match="no meaning in object semantics"):
+        replay_tiers(WORKLOAD, ["hbm:1", "dram:2:policy=sglang-lru,mode=exclusive"], "object")
 
 
 @pytest.mark.parametrize(
