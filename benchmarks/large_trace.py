@@ -12,9 +12,8 @@ plain    the same in plain DuckDB, with the views that are shipped, on Parquet m
          warm, and how much longer or shorter kvtrace takes.
 report   `kvtrace report`, where this version has it.
 
-`--limit` ends a query after so many seconds. Questions marked `rows` expand to a row for each step and block, and are
-no aggregates over what is stored. Needs some 25 bytes of disk an event in DIR; what is written there is removed, but
-for the trace with `--keep`. The load of the machine stands beside each figure: on one that has other work
+`--limit` ends a query after so many seconds. Needs some 25 bytes of disk an event in DIR; what is written there is
+removed, but for the trace with `--keep`. The load of the machine stands beside each figure: on one that has other work
 to do, CPU seconds tell more than seconds.
 """
 
@@ -49,11 +48,6 @@ def cookbook() -> list[tuple[str, str]]:
     text = (Path(__file__).parents[1] / "docs" / "sql-cookbook.md").read_text()
     titles = re.findall(r"^## (.*)$", text, flags=re.MULTILINE)
     return list(zip(titles, re.findall(r"```sql\n(.*?)```", text, flags=re.DOTALL), strict=True))
-
-
-def expands(query: str) -> bool:
-    """Whether a query needs a row for each step and block."""
-    return re.search(r"\breads\b\s*(GROUP|JOIN)", query) is not None
 
 
 def timed(run: Callable[[], Any], interrupt: Callable[[], None], limit: float) -> tuple[float, float] | None:
@@ -161,15 +155,16 @@ def report(trace: Path, folder: Path, limit: float) -> dict[str, Any] | None:
     if "report" not in COMMANDS:
         return None
     page = folder / "report.html"
-    begin = time.perf_counter()
+    begin, work = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-m", "kvtrace", "report", str(trace), "-o", str(page), "--force"], capture_output=True
     )
     seconds = time.perf_counter() - begin
     size = page.stat().st_size if page.exists() else None
     page.unlink(missing_ok=True)
-    most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    return {"seconds": seconds, "bytes": size, "code": done.returncode, "gib": most,
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = used.ru_utime + used.ru_stime - work.ru_utime - work.ru_stime
+    return {"seconds": seconds, "cpu_s": cpu, "bytes": size, "code": done.returncode, "gib": used.ru_maxrss / 2**20,
             "said": done.stderr.decode()[-300:]}  # fmt: skip
 
 
@@ -249,14 +244,13 @@ def main() -> None:
         against = {row["title"]: row["warm"] for row in theirs or []}
         goals = f"goals: {GOAL_QUERY_S:.0f} s, {GOAL_RATIO} times"
         print(f"{'first s':>8}{'warm s':>8}{'CPU s':>7}{'plain s':>9}{'ratio':>7}  {goals}  {load()}")
-        for (title, query), row in zip(cookbook(), ours, strict=True):
+        for (title, _), row in zip(cookbook(), ours, strict=True):
             other = against.get(title)
             ratio = f"{row['warm'] / other:.2f}" if row["warm"] and other else "-"
             print(
                 f"{seconds(row['first'], options.limit):>8}{seconds(row['warm'], options.limit):>8}"
                 f"{seconds(row['warm_cpu'], options.limit):>7}"
-                f"{seconds(other, options.limit) if theirs else '-':>9}{ratio:>7}  "
-                f"{'rows: ' if expands(query) else ''}{title}"
+                f"{seconds(other, options.limit) if theirs else '-':>9}{ratio:>7}  {title}"
             )
         print(f"at most {ours_most:.1f} GiB" + (f", plain DuckDB {theirs_most:.1f} GiB" if theirs_most else ""))
     if "report" in wanted:
@@ -265,7 +259,8 @@ def main() -> None:
             print("report: this version has no such command")
         else:
             print(
-                f"report: {found['seconds']:.1f} s (goal 60), {found['gib']:.1f} GiB (goal 4), exit {found['code']}, "
+                f"report: {found['seconds']:.1f} s (goal 60), {found['cpu_s']:.1f} s of CPU, {found['gib']:.1f} GiB "
+                f"(goal 4), exit {found['code']}, "
                 f"{(found['bytes'] or 0) / 1e6:.1f} MB  {load()}"
             )
             if found["code"]:

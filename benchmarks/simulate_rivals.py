@@ -6,17 +6,18 @@ The trace is block hashes in the Mooncake format: JSON lines with input_length, 
 block of 512 tokens of the prompt. Both sides simulate one vLLM engine (one worker, all requests there from the start,
 first come first served, prefix caching, chunked prefill) from the file to the result, in one thread. As a workload for
 the simulator a request has its input and output tokens; its chain is the hash ids of the prompt's full blocks, which
-are prefix ids already, and one identity of its own for each later block. With 16-token blocks each 512-token identity
-stands for 32. The simulator runs once with all requests there from the start, and once in time: at the trace's times,
-with a cost of each step and latencies. The rival runs in both ways, too, and in a closed loop with as many requests
-under way as run at once. Compared is its fastest mode.
+are prefix ids already; later blocks are nobody else's. With 16-token blocks each 512-token identity stands for 32. The
+simulator runs once with all requests there from the start, and once in time: at the trace's times, with a cost of each
+step and latencies. The rival runs in both ways, too, and in a closed loop with as many requests under way as run at
+once. Compared is its fastest mode.
 
 The rival is NVIDIA Dynamo's mocker with its offline replay, compiled Rust with vLLM's scheduling and block management
 as its model; it also makes timings. In an environment of its own (Python 3.12 or so):
 
     python -m venv RIVAL && RIVAL/bin/pip install --no-deps ai-dynamo-runtime==1.5.1
 
-1.4 to 1.6 are about equally fast, 1.2 and 1.3 slower. Times are the best of `--repeats`, taken in turns.
+1.4 to 1.6 are about equally fast, 1.2 and 1.3 slower. Times are the best of `--repeats`, taken in turns, by the clock
+and in CPU time of all threads of the process.
 """
 
 from __future__ import annotations
@@ -28,19 +29,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 from numba import njit
 
 from kvtrace_replay.schedulers.families import NEWEST
+from kvtrace_replay.schedulers.imported import recorded_import
 from kvtrace_replay.schedulers.recorded import Recorded
 from kvtrace_replay.schedulers.settings import Settings
 from kvtrace_replay.schedulers.vllm_v1.run import Run, compile_for, simulate_run
 from kvtrace_replay.timing.costs import StepCosts
-from kvtrace_traces.schema import FINISH_REASONS
+from kvtrace_traces.importers.opened import open_import
 
 PER_ID = 512
 MODES = ("all at once", "closed loop", "at its times")
@@ -60,60 +62,45 @@ def replay():
         [path], extra_engine_args=engine, num_workers=1, replay_mode="offline", trace_block_size=512, **closed
     )
 replay()
-begin = time.perf_counter()
+begin, before = time.perf_counter(), time.process_time()
 told = replay()
-seconds = time.perf_counter() - begin
+seconds, cpu = time.perf_counter() - begin, time.process_time() - before
 told = getattr(told, "summary", told)
 print("RESULT", json.dumps({
-    "seconds": seconds, "requests": told["completed_requests"], "tokens": told["total_output_tokens"],
+    "seconds": seconds, "cpu": cpu, "requests": told["completed_requests"], "tokens": told["total_output_tokens"],
     "hits": told["prefix_cache_reused_ratio"], "replay": told["wall_time_ms"] / 1e3,
 }))
 """
 
 
 @njit(cache=False)
-def fill_chains(chain, at, ids, given, prompt, own, per_id):
-    """Write each request's identities to `chain`, those of no hash id from `own` on; returns how many there are."""
-    start = 0
-    for request in range(prompt.size):
-        begin, end = at[request], at[request + 1]
-        known = min(prompt[request] // PER_ID, given[request]) * per_id  # the last id may be of a partial block
-        for nth in range(end - begin):
-            if nth < known:
-                chain[begin + nth] = ids[start + nth // per_id] * per_id + nth % per_id
-            else:
-                chain[begin + nth] = own
-                own += 1
-        start += given[request]
-    return own
+def split(chain: Any, at: Any, finer: Any, finer_at: Any, parts: int) -> None:
+    """Write to `finer` the identities of `parts` blocks for each of `chain` (CSR, `at` and `finer_at`)."""
+    for request in range(at.size - 1):
+        place = finer_at[request]
+        for i in range(at[request], at[request + 1]):
+            for part in range(parts):
+                finer[place] = chain[i] * parts + part
+                place += 1
 
 
 def workload(path: Path, block_size: int) -> Recorded:
-    """The file as what reached one engine."""
-    lines = pl.read_ndjson(path, schema={"timestamp": pl.Float64, "input_length": pl.Int32, "output_length": pl.Int32,
-                                         "hash_ids": pl.List(pl.Int32)})  # fmt: skip
-    due = (lines["timestamp"].to_numpy() * 1e6).astype(np.int64)
-    n = lines.height
-    prompt = np.ascontiguousarray(lines["input_length"].to_numpy())
-    stop = prompt + np.maximum(lines["output_length"].to_numpy(), 1)
-    ids = lines["hash_ids"].explode().to_numpy()
-    given = lines["hash_ids"].list.len().to_numpy().astype(np.int64)
-    at = np.zeros(n + 1, np.int64)
-    np.cumsum(stop // block_size, out=at[1:])
-    first_own = (int(ids.max(initial=0)) + 1) * (PER_ID // block_size)
+    """The file as what reached one engine: as `kvtrace simulate` takes an import of it, in finer blocks where asked."""
+    opened = open_import(path)
+    whole = recorded_import(opened, opened.header, timed=True)
+    parts = PER_ID // block_size
+    if parts == 1:
+        return whole
+    at = whole.chain_at * parts
     chain = np.empty(at[-1], np.int32)
-    identities = fill_chains(chain, at, ids, given, prompt, first_own, PER_ID // block_size)
-    zeros = np.zeros(n, np.int32)
-    no, never = np.zeros(n, bool), np.zeros(n, np.int64)
-    return Recorded(
-        header={"block_size": block_size, "granule": block_size, "scheduler": {}}, prompt=prompt, stop=stop, most=stop,
-        reason=np.full(n, FINISH_REASONS.index("length"), np.int32), no_read=no, priority=zeros,
-        arrival_s=np.arange(n, dtype=np.float64), request_id=pl.Series(["r"]).new_from_index(0, n), arrival_step=zeros,
-        arrival_late=no, abort_step=zeros - 2, abort_early=no, abort_ns=never, arrival_ns=never,
-        due_ns=due - due.min(initial=0),
-        tenant=np.zeros(n, np.uint64), chain=chain, chain_at=at,
-        hashes=np.arange(identities, dtype=np.uint64), steps=0, unfinished=0, resets=0,
-    )  # fmt: skip
+    split(whole.chain, whole.chain_at, chain, at, parts)
+    return replace(
+        whole,
+        header={**whole.header, "block_size": block_size, "granule": block_size},
+        chain=chain,
+        chain_at=at,
+        hashes=np.broadcast_to(np.uint64(0), whole.hashes.size * parts),  # no log is written
+    )
 
 
 def settings_of(options: Any, block_size: int, asynchronous: bool, longest: int) -> Settings:
@@ -127,7 +114,8 @@ def settings_of(options: Any, block_size: int, asynchronous: bool, longest: int)
 
 
 class Mine:
-    """Our side at one block size: the best times in seconds of the loop, the run and everything from the file on."""
+    """Our side at one block size: the best times in seconds of the loop, the run and everything from the file on (of
+    these also in CPU time)."""
 
     def __init__(self, options: Any, block_size: int, asynchronous: bool, timed: bool = False) -> None:
         self.timing: dict[str, Any] = {"arrivals": "time", "costs": COSTS} if timed else {}
@@ -135,18 +123,18 @@ class Mine:
         recorded = workload(self.path, block_size)
         self.settings = settings_of(options, block_size, asynchronous, int(recorded.stop.max()))
         compile_for(recorded, self.settings)
-        self.loop = self.run = self.all = float("inf")
+        self.loop = self.run = self.all = self.cpu = float("inf")
         self.result: Run = self.once()
 
     def once(self) -> Run:
-        begin = time.perf_counter()
+        begin, before = time.perf_counter(), time.process_time()
         recorded = workload(self.path, self.block_size)
         ready = time.perf_counter()
         run = simulate_run(recorded, self.settings, **self.timing)
         end = time.perf_counter()
         assert run.finished == recorded.n_requests
         self.loop, self.run = min(self.loop, run.seconds), min(self.run, end - ready)
-        self.all = min(self.all, end - begin)
+        self.all, self.cpu = min(self.all, end - begin), min(self.cpu, time.process_time() - before)
         return run
 
 
@@ -194,8 +182,8 @@ def compare(options: Any, block_size: int, folder: str) -> None:
             if isinstance(told, str):
                 failed[mode] = told
             elif mode in best:
-                best[mode]["seconds"] = min(best[mode]["seconds"], told["seconds"])
-                best[mode]["replay"] = min(best[mode]["replay"], told["replay"])
+                for key in ("seconds", "cpu", "replay"):
+                    best[mode][key] = min(best[mode][key], told[key])
             else:
                 best[mode] = told
     n = mine["sync"].result.requests.shape[0]
@@ -205,6 +193,7 @@ def compare(options: Any, block_size: int, folder: str) -> None:
             f"kvtrace, {name}",
             block_size,
             one.all,
+            one.cpu,
             n,
             run.hit_tokens / run.lookup_tokens,
         )
@@ -212,22 +201,26 @@ def compare(options: Any, block_size: int, folder: str) -> None:
               f"{run.preemptions} preemptions, {run.evictions} evictions")  # fmt: skip
     for mode, told in best.items():
         assert told["requests"] == n, told
-        row(f"rival, {mode}", block_size, told["seconds"], n, told["hits"])
+        row(f"rival, {mode}", block_size, told["seconds"], told["cpu"], n, told["hits"])
         print(f"{'':<26}replay alone, as it says itself: {n / told['replay']:,.0f} requests/s")
     for mode, why in failed.items():
         print(f"rival, {mode}: {why}")
     if best:
-        fastest, replay = (min(told[key] for told in best.values()) for key in ("seconds", "replay"))
+        fastest, cpu, replay = (min(told[key] for told in best.values()) for key in ("seconds", "cpu", "replay"))
         for name in ("sync", "in time"):
             one = mine[name]
             print(
-                f"ratio of {name} to its fastest mode: from the file on {fastest / one.all:.1f}x; without reading the "
-                f"file {replay / one.run:.1f}x with our run, {replay / one.loop:.1f}x with our loop alone"
+                f"ratio of {name} to its fastest mode: from the file on {fastest / one.all:.1f}x by the clock, "
+                f"{cpu / one.cpu:.1f}x in CPU time; without reading the file {replay / one.run:.1f}x with our run, "
+                f"{replay / one.loop:.1f}x with our loop alone"
             )
 
 
-def row(what: str, block_size: int, seconds: float, n: int, hits: float) -> None:
-    print(f"{what:<26}{block_size:>6}{seconds * 1e3:>10.1f}{n / seconds:>13,.0f}{hits:>10.4f}", flush=True)
+def row(what: str, block_size: int, seconds: float, cpu: float, n: int, hits: float) -> None:
+    print(
+        f"{what:<26}{block_size:>6}{seconds * 1e3:>10.1f}{cpu * 1e3:>10.1f}{n / seconds:>13,.0f}{hits:>10.4f}",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -243,7 +236,7 @@ def main() -> None:
     if not options.rival_python:
         print("no --rival-python: our own figures alone", file=sys.stderr)
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
-    print(f"{'':<26}{'block':>6}{'ms':>10}{'requests/s':>13}{'hits':>10}")
+    print(f"{'':<26}{'block':>6}{'ms':>10}{'CPU ms':>10}{'requests/s':>13}{'hits':>10}")
     with tempfile.TemporaryDirectory() as folder:
         for size in map(int, options.block_sizes.split(",")):
             compare(options, size, folder)

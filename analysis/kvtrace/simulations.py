@@ -8,19 +8,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
 from kvtrace.api import Trace, open
 from kvtrace.simulation_options import default_arrivals, profile_for, rates, refuse_lossy
+from kvtrace.simulations_offload import request_frame_offload, step_frame_offload, write_offload_trace
 from kvtrace_replay.schedulers.latencies import SUMMARY, request_times
 from kvtrace_replay.schedulers.log import write_run
 from kvtrace_replay.schedulers.settings import VARIABLE
 from kvtrace_replay.schedulers.sweep import Cell, HostTier, row_of
 from kvtrace_replay.schedulers.sweep import simulate as simulate_engine
 from kvtrace_replay.schedulers.vllm_v1 import layout as at
+from kvtrace_replay.schedulers.vllm_v1.offload.cells import simulate_tier, times_of
 from kvtrace_replay.schedulers.vllm_v1.offload.run import OffloadRun
+from kvtrace_replay.timing.models import with_link
 from kvtrace_replay.timing.profile import Profile
 from kvtrace_traces.errors import KvtraceError, UsageError
 from kvtrace_traces.schema import FINISH_REASONS
@@ -47,7 +50,7 @@ class Simulated:
 
     def frame(self) -> pl.DataFrame:
         """One row per cell: the columns of `kvtrace simulate --json`."""
-        found = pl.DataFrame([row_of(cell) for _, cell in self.cells], infer_schema_length=None)
+        found = pl.DataFrame([row_of(cell) | times_of(cell) for _, cell in self.cells], infer_schema_length=None)
         found = found.with_columns(
             *(pl.col(name).cast(pl.Float64) for name in SUMMARY),
             *(pl.col(name).cast(pl.Int64) for name in MOVED),
@@ -75,7 +78,7 @@ class Simulated:
 
     def per_step(self) -> pl.DataFrame:
         """One row per step and cell that ran, with the settings that vary in front."""
-        return self._all(lambda _, run: step_frame(cast("Run", run)))
+        return self._all(step_frame)
 
     def _all(self, make: Callable[[Cell, Run | OffloadRun], pl.DataFrame]) -> pl.DataFrame:
         names = self.varied()
@@ -115,6 +118,7 @@ def simulate(
     mend: Sequence[str] = (),
     arrivals: str | None = None,
     timing: str | Profile | None = None,
+    link: str | None = None,
     rate: str | float | Sequence[str | float] | None = None,
     seed: int = 0,
     pinned: bool | None = None,
@@ -129,10 +133,11 @@ def simulate(
     `arrivals`: `step` (as recorded, the default), `all` (at once, the default of `vllm-v0` and of imports) or `time`:
     at the recorded times, or, with `rate`, "x2" as fast or, as a Poisson process of `seed`, so many a second.
     `timing`: what steps cost: a profile, its file or name, or GPU:MODEL; None learns it from the trace's own steps,
-    where it has times; "none": nothing is timed.
+    where it has times; "none": nothing is timed. `link`: whose link to the host it shall have: a GPU, a profile, or a
+    bandwidth such as "25GB/s".
 
     `preemption="offload"`: with vLLM's connector that copies blocks to host memory of size `cpu_offload` (blocks,
-    `40GiB`, `65536tok`), `offload_policy` "lru" or "arc"; such runs have no times.
+    `40GiB`, `65536tok`), `offload_policy` "lru" or "arc"; such runs have times where the profile has a link.
 
     `engine="vllm-v0"` is vLLM 0.4.2, whose rules are in docs/vllm-v0-semantics.md. It takes num_blocks (there is no
     null block), block_size, max_num_seqs, max_num_batched_tokens, watermark, and for itself `preemption` ("recompute",
@@ -167,6 +172,7 @@ def simulate(
     }
     given = {name: value for name, value in given.items() if value is not None}
     opened = trace if isinstance(trace, Trace) else open(trace)
+    timing = linked(opened, timing, link)
     clocked: dict[str, Any] = {"timing": timing, "rate": rate, "seed": seed}
     if engine == "vllm-v0":
         from kvtrace.simulations_v0 import simulate_v0_trace
@@ -199,23 +205,37 @@ def simulate_trace(
     arrivals = arrivals or ("time" if rate is not None else default_arrivals(trace))
     profile = profile_for(trace, timing, arrivals)
     tiers = host_tiers(settings)
-    if options.get("step_rows") and any(tiers):
-        raise UsageError("--per-step is not told of runs with --preemption offload: leave one of the two out")
     if settings.get("swap_space") is not None:
         raise UsageError("--swap-space is of --engine vllm-v0, the engine that swaps")
     if mend:
         raise UsageError("--mend is of --engine vllm-v0")
     own = {name: value for name, value in settings.items() if name not in OF_THE_TIER}
+    # A trace does not tell what its link costs; who asks for times is told so.
+    untold = profile is not None and not profile.link and timing is None and arrivals != "time"
     cells: list[tuple[int, Cell]] = []
     for header in trace.engines:
         index = int(header["engine_index"])
         for tier, each in itertools.product(tiers, rates(rate)):
-            found = simulate_engine(
-                trace.reader, own, engine_index=index, arrivals=arrivals, timing=profile, rate=each, tier=tier,
-                progress=progress, **options,
-            )  # fmt: skip
+            asked: dict[str, Any] = {"engine_index": index, "arrivals": arrivals, "rate": each, "progress": progress}
+            if tier is None:
+                found = simulate_engine(trace.reader, own, timing=profile, **asked, **options)
+            else:
+                found = simulate_tier(trace.reader, own, tier, timing=None if untold else profile, **asked, **options)
             cells += [(index, cell) for cell in found]
     return Simulated(cells, len(trace.engines) > 1, profile)
+
+
+def linked(trace: Trace, timing: str | Profile | None, link: str | None) -> str | Profile | None:
+    """`timing`, with the link that `link` names (`timing.models.link_named`).
+
+    Raises UsageError for a link without times, and as `profile_for` where these are not known.
+    """
+    if link is None:
+        return timing
+    profile = profile_for(trace, timing, "time")
+    if profile is None:
+        raise UsageError("--link is of what steps cost: leave out --timing none")
+    return with_link(profile, link)
 
 
 def host_tiers(settings: dict[str, Any]) -> list[HostTier | None]:
@@ -253,7 +273,7 @@ def listed(value: Any) -> list[Any]:
 def request_frame(cell: Cell, run: Run | OffloadRun) -> pl.DataFrame:
     """What became of each request in one run. Steps are null for what never ran, `finish_*` for what never ended."""
     if isinstance(run, OffloadRun):
-        return _request_frame_offload(cell, run)
+        return request_frame_offload(cell, run)
     out, source = run.requests, cell.recorded
 
     def column(which: int) -> pl.Expr:
@@ -282,32 +302,10 @@ def request_frame(cell: Cell, run: Run | OffloadRun) -> pl.DataFrame:
     return frame.with_columns(**{name: pl.Series(told).fill_nan(None) for name, told in times.items()})
 
 
-def _request_frame_offload(cell: Cell, run: OffloadRun) -> pl.DataFrame:
-    source = cell.recorded
-    names = (
-        "first_step", "last_step", "finish_step", "cached_tokens", "reason", "stored_blocks", "loaded_blocks",
-    )  # fmt: skip
-    frame = pl.DataFrame({name: pl.Series(run.requests[:, i]) for i, name in enumerate(names)}).with_columns(
-        pl.when(pl.col(names) >= 0).then(pl.col(names))
-    )
-    reasons = pl.Series([*FINISH_REASONS], dtype=pl.String)
-    return frame.select(
-        request=pl.Series(range(source.n_requests), dtype=pl.Int32),
-        request_id=source.request_id,
-        cached_tokens="cached_tokens",
-        preemptions=pl.Series(run.preempted),
-        first_step="first_step",
-        last_step="last_step",
-        finish_step="finish_step",
-        finish_reason=pl.lit(reasons).gather(pl.col("reason")),
-        stored_blocks="stored_blocks",
-        loaded_blocks="loaded_blocks",
-        prompt_tokens=pl.Series(source.prompt),
-    )
-
-
-def step_frame(run: Run) -> pl.DataFrame:
+def step_frame(cell: Cell, run: Run | OffloadRun) -> pl.DataFrame:
     """What each step of one run did: a row per scheduler call with tokens."""
+    if isinstance(run, OffloadRun):
+        return step_frame_offload(cell, run)
     names = (
         "requests", "tokens", "running", "waiting", "free_blocks", "preempted", "empty_calls", "prefill_requests",
         "evictions",
@@ -328,8 +326,6 @@ def check_single(trace: Trace, settings: dict[str, Any]) -> None:
     """Raise UsageError where the settings (lists by name) make more than the one run that can be written as a trace."""
     if len(trace.engines) > 1:
         raise UsageError("-o writes the run of one engine: name the file of one engine, not the folder of several")
-    if "offload" in listed(settings.get("preemption")):
-        raise UsageError("-o writes no runs with --preemption offload: leave one of the two out")
     many = {name: len(values) for name, values in settings.items() if len(values) > 1}
     if many:
         named = ", ".join(name.replace("_", "-") for name in many)
@@ -340,5 +336,8 @@ def write_trace(simulated: Simulated, path: Path) -> None:
     """Write the first run of `simulated` as a trace to `path`, which must not exist."""
     _, cell = simulated.cells[0]
     timing = simulated.timing
+    if cell.tier is not None:
+        write_offload_trace(cell, timing, path)
+        return
     costs = None if timing is None else timing.step_costs(cell.settings.block_size)
     write_run(path, cell.recorded, cell.settings, cell.arrivals, why=cell.why, costs=costs)

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import duckdb
 import polars as pl
 
-from kvtrace.views import EXTRA, every_table, extra, filled, views
+from kvtrace.views import EXTRA, View, every_table, extra, filled, views
 from kvtrace_traces.errors import KvtraceError, UsageError
 
 _READING = {"SELECT", "EXPLAIN", "MULTI", "RELATION", "EXPRESSION"}  # MULTI: a PIVOT
@@ -45,15 +45,26 @@ class Database:
     are equal. A table is decoded when a query first names it, and then kept; a view is computed anew for each query.
     What takes long is kept from the second query on that names it, and what `keep` names from the first. `unsafe` lifts
     the fence: queries may then write files, read others and reach the network.
+
+    `most_bytes`: where the views that are kept take more, those that were named longest ago are given up, and made anew
+    when a query names them.
     """
 
-    def __init__(self, traces: Sequence[Tables], unsafe: bool = False, keep: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        traces: Sequence[Tables],
+        unsafe: bool = False,
+        keep: Sequence[str] = (),
+        most_bytes: int | None = None,
+    ) -> None:
         self._traces = list(traces)
         self._names = distinct_names([trace.path for trace in self._traces])
         self._loaded: set[str] = set()
         self._views: set[str] = set()  # those of them that are computed anew for each query
         self._unsafe = unsafe
         self._keep = set(keep)
+        self._most_bytes = most_bytes
+        self._kept: dict[str, int] = {}  # bytes of the views that are kept, the one named last at the end
         self._connection = duckdb.connect(":memory:")
         # What does not fit into memory goes there, and not into a folder beside the user's files. DuckDB removes it.
         overflow = Path(tempfile.gettempdir()) / f"kvtrace-sql-{os.getpid()}-{id(self):x}"
@@ -76,6 +87,7 @@ class Database:
             if not _ALL_TABLES.search(query):  # which asks for no rows
                 for view in self._views & _WORTH_KEEPING & set(named):
                     self._keep_rows(view)
+            self._make_room(named)
             self._load(named)
             return tidy(self._run(query))
         except duckdb.Error as error:
@@ -125,8 +137,8 @@ class Database:
                 continue
             if (view := views().get(table)) is None:
                 self._connection.register(table, self.frame(table.removeprefix("logged_")).to_arrow())
-            elif view.fast is not None:
-                self._connection.register(table, self._joined(list(map(view.fast, self._traces))).to_arrow())
+            elif (rows := self._fast(view)) is not None:
+                self._register(table, rows)
             else:
                 self._load(view.needs)
                 sql = filled(view.sql, len(self._traces) > 1)
@@ -135,13 +147,42 @@ class Database:
                     self._views.add(table)
                 else:
                     rows = self._run(sql)
-                    self._connection.register(table, (view.make(rows) if view.make else rows).to_arrow())
+                    self._register(table, view.make(rows) if view.make else rows)
             self._loaded.add(table)
 
+    def _make_room(self, named: Sequence[str]) -> None:
+        for view in named:
+            if view in self._kept:
+                self._kept[view] = self._kept.pop(view)
+        if self._most_bytes is None:
+            return
+        for view in list(self._kept):
+            if sum(self._kept.values()) <= self._most_bytes:
+                return
+            if view not in named and not self._needed(view):
+                del self._kept[view]
+                self._connection.unregister(view)
+                self._loaded.remove(view)
+
+    def _needed(self, view: str) -> bool:
+        """Whether the SQL of another view names it."""
+        return any(view in views()[other].needs for other in self._views)
+
+    def _register(self, view: str, rows: pl.DataFrame) -> None:
+        self._connection.register(view, rows.to_arrow())
+        self._kept[view] = int(rows.estimated_size())
+
+    def _fast(self, view: View) -> pl.DataFrame | None:
+        """The rows of a view that a kernel makes of all traces; None where there is none, or it cannot."""
+        if view.fast is None:
+            return None
+        frames = [frame for trace in self._traces if (frame := view.fast(trace)) is not None]
+        return self._joined(frames) if len(frames) == len(self._traces) else None
+
     def _keep_rows(self, view: str) -> None:
-        rows = self._run(f"FROM {view}").to_arrow()
+        rows = self._run(f"FROM {view}")
         self._connection.execute(f"DROP VIEW {view}")
-        self._connection.register(view, rows)
+        self._register(view, rows)
         self._views.remove(view)
 
     def frame(self, table: str) -> pl.DataFrame:

@@ -53,11 +53,7 @@ def _engine(trace: Any, header: dict[str, Any]) -> list[dict[str, Any]]:
         return checks + _skip(f"the trace is marked inexact: {', '.join(header['inexact'])}")
     if trace.lossy and trace.recover == "skip":
         return checks + _skip("a part in the middle of the log is missing")
-    if begun is None:
-        again = simulation(trace, header)
-    else:
-        again = skip_simulation("the trace begins with a run under way, and simulated runs begin with an idle engine")
-    return [*checks, *across(trace, mine, begun), *_pool(trace, header, events, mine), again]
+    return [*checks, *across(trace, mine, begun), *_pool(trace, header, events, mine), simulation(trace, header)]
 
 
 def _skip(why: str) -> list[dict[str, Any]]:

@@ -43,7 +43,7 @@ COLUMNS = {
 def simulation(trace: Any, header: dict[str, Any]) -> dict[str, Any]:
     """The check of one engine of `trace`; `skipped` says why where its prediction is not bound to be exact."""
     try:
-        source = recorded(trace, header["engine_index"])
+        source = recorded(trace, header["engine_index"], carried=True)
         own = own_settings(source.header)
     except KvtraceError as error:
         return skip_simulation(str(error))

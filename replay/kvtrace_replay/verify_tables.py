@@ -35,7 +35,7 @@ def across(trace: Any, mine: Any, begun: Snapshot | None = None) -> list[dict[st
         _preempted(preemptions, steps, 0 if begun is None else begun.preempted),
         _bounds(requests, spans, carried),
         _times(events, steps),
-        _outputs(steps, requests),
+        _outputs(steps, requests, None if begun is None else begun.due_ns),
     ]
 
 
@@ -101,14 +101,17 @@ def _times(events: pl.DataFrame, steps: pl.DataFrame) -> dict[str, Any]:
     return check("event steps", rule, joined.height, wrong.height, first)
 
 
-def _outputs(steps: pl.DataFrame, requests: pl.DataFrame) -> dict[str, Any]:
-    """Outputs arrive after their call began, in the order of the calls; a request that ends by itself ends with one."""
+def _outputs(steps: pl.DataFrame, requests: pl.DataFrame, due_ns: int | None) -> dict[str, Any]:
+    """Outputs arrive after their call began, in the order of the calls; a request that ends by itself ends with one.
+    ``due_ns``: when the output came that was due as the trace began, if one was."""
     arrived = steps.filter(pl.col("end_ns").is_not_null())
     late = arrived.filter(
         (pl.col("end_ns") < pl.col("start_ns")) | (pl.col("end_ns") < pl.col("end_ns").shift(1).fill_null(0))
     )
     ended = requests.filter(pl.col("finish_reason").cast(pl.String).is_in(["stop", "length"]))
-    apart = ended.join(arrived, left_on="finish_ns", right_on="end_ns", how="anti")
+    apart = ended.join(arrived, left_on="finish_ns", right_on="end_ns", how="anti").filter(
+        pl.col("finish_ns").ne_missing(pl.lit(due_ns, pl.Int64))
+    )
     first = f"step {late['step'][0]}" if late.height else None
     if apart.height and first is None:
         first = f"request {apart['request'][0]} ended, and no output arrived then"

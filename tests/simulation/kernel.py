@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from kvtrace_replay.schedulers.carried import Start
 from kvtrace_replay.schedulers.log import write_run
 from kvtrace_replay.schedulers.recorded import Recorded
 from kvtrace_replay.schedulers.settings import Settings
@@ -27,8 +28,9 @@ def by_arrival(case: Any) -> list[int]:
     return sorted(range(len(case.requests)), key=lambda i: case.requests[i].arrival_step)
 
 
-def as_recorded(case: Any, step_ns: int = 1000) -> Recorded:
-    """The requests of a case, as if a trace had been recorded at its block size, with `step_ns` between two steps."""
+def as_recorded(case: Any, step_ns: int = 1000, version: str = "0.32.0") -> Recorded:
+    """The requests of a case, as if a trace had been recorded at its block size by this `version`, with `step_ns`
+    between two steps."""
     order = by_arrival(case)
     requests, size = [case.requests[i] for i in order], case.settings.block_size
     n = len(requests)
@@ -42,8 +44,9 @@ def as_recorded(case: Any, step_ns: int = 1000) -> Recorded:
 
     return Recorded(
         header={
-            "source": "vllm", "engine": "vllm", "engine_version": "0.32.0", "block_size": size, "granule": size,
-            "engine_index": 0, "num_blocks": case.settings.num_blocks, "max_model_len": model, "scheduler": {},
+            "source": "vllm", "engine": "vllm", "engine_version": version, "block_size": size, "granule": size,
+            "engine_index": 0, "num_blocks": case.settings.num_blocks, "max_model_len": model,
+            "scheduler": {"reserve_full_isl": True},
             "clock_wall_ns": 0, "clock_monotonic_ns": 0, "run_id": "case",
         },
         prompt=numbers(r.prompt for r in requests),
@@ -85,6 +88,52 @@ def _reason(request: Any, model: int, rules: Any) -> int:
     return FINISH_REASONS.index("length")
 
 
+def as_start(case: Any, state: Any, source: Recorded) -> Recorded:
+    """`source`, the requests of a case, with the `twin_start.State` that its run begins with."""
+    order = by_arrival(case)
+    new = {number: i for i, number in enumerate(order)}
+    told = [state.requests[number] for number in order if state.requests[number]["status"] != "absent"]
+    batch, samples = state.under_way[0] if state.under_way else ({}, set())
+    held = [(identity, block) for identity, blocks in state.cached.items() for block in blocks]
+    known = {int(value): i for i, value in enumerate(source.hashes)}
+    extra = sorted({identity for identity, _ in held} - known.keys())
+    known |= {identity: len(source.hashes) + i for i, identity in enumerate(extra)}
+
+    def column(make: Any, dtype: Any = np.int32) -> Any:
+        return np.array([make(new_number, one) for new_number, one in enumerate(told)], dtype)
+
+    table_at = np.zeros(len(told) + 1, np.int64)
+    np.cumsum([len(one["table"]) for one in told], out=table_at[1:])
+    start = Start(
+        running=np.array([new[n] for n in state.running], np.int32),
+        waiting=np.array([new[n] for n in state.waiting], np.int32),
+        scheduled=column(lambda i, one: False, bool),
+        begun=column(lambda i, one: one["first_step"] is not None, bool),
+        computed=column(lambda i, one: one["computed"]),
+        tokens=column(lambda i, one: case.requests[order[i]].prompt + one["generated"]),
+        under_way=column(lambda i, one: batch.get(order[i], 0)),
+        gives=column(lambda i, one: order[i] in samples, bool),
+        cached=column(lambda i, one: -1 if one["cached_tokens"] is None else one["cached_tokens"]),
+        preemptions=column(lambda i, one: one["preemptions"]),
+        lost=column(lambda i, one: 0),
+        filled=column(lambda i, one: one["filled"]),
+        table=np.array([block for one in told for block in one["table"]], np.int32),
+        table_at=table_at,
+        blocks=np.array([block for _, block in held], np.int32),
+        identities=np.array([known[identity] for identity, _ in held], np.int32),
+        parents=np.full(len(held), -1, np.int32),
+        queue=np.array(state.free, np.int32),
+        num_blocks=case.settings.num_blocks,
+        block_size=case.settings.block_size,
+        prefix_caching=case.settings.prefix_caching,
+        preempted=len(state.preempted),
+        empty=state.empty,
+        due=len(state.under_way),
+        due_ns=0,
+    )
+    return replace(source, start=start, hashes=np.append(source.hashes, np.array(extra, np.uint64)))
+
+
 def as_settings(settings: twin.Settings) -> Settings:
     return Settings(
         num_blocks=settings.num_blocks,
@@ -106,20 +155,22 @@ def as_settings(settings: twin.Settings) -> Settings:
     )
 
 
-def kernel_run(case: Any, fast: bool = True, **more: Any) -> dict[str, Any]:
-    """The compiled scheduler's run of a case, as lists in the shapes of `twin.Run`; `more`: further settings."""
+def kernel_run(case: Any, fast: bool = True, source: Recorded | None = None, **more: Any) -> dict[str, Any]:
+    """The compiled scheduler's run of a case, as lists in the shapes of `twin.Run`; `source`: what reaches it, if not
+    the case's requests alone; `more`: further settings."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.kvt"
-        write_run(path, as_recorded(case), replace(as_settings(case.settings), **more), fast=fast)
+        source = source or as_recorded(case)
+        write_run(path, source, replace(as_settings(case.settings), **more), fast=fast)
         trace = open_trace(path)
         assert trace.complete, trace.info
         assert not trace.lossy, trace.info
         return in_words(trace, by_arrival(case))
 
 
-def totals(case: Any, **options: Any) -> dict[str, Any]:
-    """What the compiled scheduler says of its run of a case without writing a log."""
-    run = simulate_run(as_recorded(case), as_settings(case.settings), **options)
+def totals(case: Any, source: Recorded | None = None, **options: Any) -> dict[str, Any]:
+    """What the compiled scheduler says of its run of a case without writing a log; `source` as of `kernel_run`."""
+    run = simulate_run(source or as_recorded(case), as_settings(case.settings), **options)
     names = [
         "steps", "preemptions", "evictions", "allocations", "fills", "hit_tokens", "lookup_tokens",
         "hit_tokens_after", "lookup_tokens_after", "finished", "guessed",

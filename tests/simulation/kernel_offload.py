@@ -18,9 +18,8 @@ from .twin_offload_words import Offload, OffloadRun
 UNORDERED = ("stored", "load", "loaded", "refuse")
 
 
-def kernel_run(case: Case, offload: Offload, events: bool = True) -> KernelRun:
-    """The kernel's run of a case."""
-    tier = Tier(
+def as_tier(offload: Offload) -> Tier:
+    return Tier(
         blocks=offload.chunks * offload.blocks_per_chunk,
         policy=offload.policy,
         blocks_per_chunk=offload.blocks_per_chunk,
@@ -28,7 +27,12 @@ def kernel_run(case: Case, offload: Offload, events: bool = True) -> KernelRun:
         prompt_only=offload.prompt_only,
         steps=offload.polls,
     )
-    return simulate_offload(as_recorded(case), as_settings(case.settings), tier, events=events)
+
+
+def kernel_run(case: Case, offload: Offload, events: bool = True, step_ns: int = 1000, **options: Any) -> KernelRun:
+    """The kernel's run of a case; `step_ns` as `as_recorded` takes it."""
+    source, settings = as_recorded(case, step_ns), as_settings(case.settings)
+    return simulate_offload(source, settings, as_tier(offload), events=events, **options)
 
 
 def in_words(case: Case, run: KernelRun) -> dict[str, Any]:

@@ -35,7 +35,8 @@ def wrong(trace: Any, case: Case, run: OffloadRun) -> list[str]:
         told = [next(blocks) for _ in range(many)]
         if any(identity is None for _, identity in told):
             found.append(f"a block without identity in step {step}")
-        mine.append((step, kind, names[request], [block for block, _ in told], tokens or 0, done))
+        whose = None if request is None else names[request]
+        mine.append((step, kind, whose, [block for block, _ in told], tokens or 0, done))
     if mine != run.transfers:
         at = next((i for i, (a, b) in enumerate(zip(mine, run.transfers, strict=False)) if a != b), -1)
         found.append(f"transfer {at}: {mine[at : at + 1]} instead of {run.transfers[at : at + 1]}")

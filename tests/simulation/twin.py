@@ -135,6 +135,7 @@ class _Engine:
         self.live = [self._live(number, request) for number, request in enumerate(requests)]
         self.waiting: list[Live] = []
         self.running: list[Live] = []
+        self.queue: deque[Batch] = deque()  # calls under way
         self.begun = 0  # steps begun
         self.in_call = False
         self.notice = False  # finished requests of which the workers have not been told: keeps the engine awake
@@ -166,7 +167,7 @@ class _Engine:
 
     def run(self) -> Run:
         depth = 2 if self.settings.async_scheduling and self.on("queue-depth") else 1
-        queue: deque[Batch] = deque()
+        queue = self.queue
         while True:
             self._arrive([one for one in self.live if self._due(one) <= self._position()])
             self._abort()

@@ -40,7 +40,7 @@ class _OffloadEngine(twin._Engine):
         self.leaving: set[int] = set()  # aborted while loading: they keep their blocks until that ends
         self.gone: list[int] = []  # finished since the last call
         self.jobs: dict[int, Job] = {}
-        self.next_job = 0
+        self.next_job = self.empty_calls = 0
         self.fences: dict[int, set[int]] = {}  # block of a finished request -> stores that still read it
         self.being_loaded: set[int] = set()
         self.loads: list[int] = []  # planned in this call
@@ -60,22 +60,23 @@ class _OffloadEngine(twin._Engine):
     # ------------------------------------------------------------------------------------------- the engine's loop
 
     def run(self) -> OffloadRun:
-        empty, depth = 0, 2 if self.settings.async_scheduling else 1
+        depth = 2 if self.settings.async_scheduling else 1
         queue: deque[tuple[twin.Batch, list[int]]] = deque()
         while True:
-            self._arrive([one for one in self.live if one.request.arrival_step <= self.begun])
+            self._arrive([one for one in self.live if self._due(one) <= self._position()])
             self._abort()
             if not queue and not self._has_requests():
                 absent = [one for one in self.live if one.status == "absent"]
                 if not absent:
                     break
-                following = min(one.request.arrival_step for one in absent)
-                self._arrive([one for one in absent if one.request.arrival_step == following])
+                following = min(self._due(one) for one in absent)
+                self._jump(following)
+                self._arrive([one for one in absent if self._due(one) == following])
                 continue
             if self._has_requests():
                 batch = self._call()
-                empty = 0 if batch.scheduled else empty + 1
-                if empty > PATIENCE:
+                self.empty_calls = 0 if batch.scheduled else self.empty_calls + 1
+                if self.empty_calls > PATIENCE:
                     raise CannotFinish(f"nothing can be scheduled at step {self.begun}")
                 queue.append((batch, self._execute()))
                 if len(queue) < depth and (batch.scheduled or self._has_requests()):
@@ -84,6 +85,7 @@ class _OffloadEngine(twin._Engine):
                 batch, ended = queue.popleft()
                 self._update(batch)
                 self._hear(ended)
+                self._told(any(one.scheduled or jobs for one, jobs in [(batch, ended), *queue]))
             if self.idle_steps > self.patience:
                 raise CannotFinish(f"no token generated for {self.idle_steps} steps up to step {self.begun}")
         self.result.empty_after = self.empty
@@ -93,16 +95,21 @@ class _OffloadEngine(twin._Engine):
         ]
         return self.result
 
+    def _told(self, anything: bool) -> None:
+        """An output has arrived; `anything`: whether it told of anything, or one of the calls under way will."""
+
     def _unfinished(self) -> bool:
         return bool(self.waiting or self.running or self.holding)
 
     def _has_requests(self) -> bool:
         return self._unfinished() or bool(self.gone or self.leaving or self.jobs)
 
+    def _abort_order(self) -> list[Live]:
+        return self.live
+
     def _abort(self) -> None:
-        for one in self.live:
-            at = one.request.abort_step
-            if one.status not in ("waiting", "running", "loading") or at is None or at >= self.begun:
+        for one in self._abort_order():
+            if one.status not in ("waiting", "running", "loading") or not self._aborted(one):
                 continue
             queue = self.running if one.status == "running" else self.holding if one in self.holding else self.waiting
             queue.remove(one)

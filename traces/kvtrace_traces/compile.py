@@ -31,6 +31,7 @@ from typing import Any, TypeVar, overload
 
 import numba
 from numba.core import caching
+from numba.core.runtime import rtsys
 
 from kvtrace_traces.sources import sources_hash
 
@@ -128,7 +129,11 @@ class _Cache(caching.FunctionCache):  # type: ignore[misc]
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
-            found = super().load_overload(sig, target_context)
+            # Numba would first make itself ready to compile, for a third of a second: machine code needs only the
+            # runtime that it calls.
+            rtsys.initialize(target_context)
+            with self._guard_against_spurious_io_errors():
+                found = self._load_overload(sig, target_context)
         except Exception:  # a truncated or foreign file: compile as if it were not there
             found = None
             with contextlib.suppress(Exception):

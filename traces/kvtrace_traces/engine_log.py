@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import json
 import secrets
+import threading
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtrace_traces import content, rows, snapshot, survey, wire
-from kvtrace_traces import events as play
+from kvtrace_traces import content, play, rows, snapshot, survey, wire
 from kvtrace_traces.errors import KvtraceError
+from kvtrace_traces.play import Events, Operations, Player
 from kvtrace_traces.scan import COMPLETE, OPEN
 from kvtrace_traces.schema import INEXACT
 from kvtrace_traces.segments import Segment
@@ -35,11 +37,13 @@ class Chains(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """The tables of one engine. ``known`` bool: requests whose arrival was read."""
+    """The tables of one engine, without its block events. ``known`` bool: requests whose arrival was read;
+    ``events``: how many block events there are."""
 
     known: NDArray[np.bool_]
     rows: rows.Rows
     chains: Chains
+    events: int
 
 
 class Loss(NamedTuple):
@@ -69,6 +73,8 @@ class EngineLog:
         self.used = sum(s.scan.used for s in self.segments)
         self._recover = recover
         self._decoded: Decoded | None = None
+        self._chained: tuple[NDArray[np.bool_], Chains, NDArray[np.int32]] | None = None
+        self._lock = threading.Lock()  # block events may be gone through in several threads at once
         self.raw: NDArray[np.int32] | None = None  # content ids, once decoded
         self.raw_hashes: NDArray[np.uint64] | None = None  # what stands in the log for each of them
         self._end_events: int | None = None
@@ -217,10 +223,38 @@ class EngineLog:
     # ---------------------------------------------------------------- decoding
 
     def decode(self) -> Decoded:
-        """Decode everything, once."""
+        """Decode everything but block events, once."""
         if self._decoded is None:
-            self._decoded = self._decode()
+            for _ in self.pieces():
+                pass
+        assert self._decoded is not None
         return self._decoded
+
+    def pieces(self, most: int = play.PIECE, keep: bool = False) -> Iterator[Events]:
+        """The block events, as :meth:`play.Player.pieces` gives them. The first time, all else is decoded with them.
+
+        ``most`` 0: all at once.
+        """
+        with self._lock:
+            if self._chained is None:
+                self._chained = self._chains()
+        known, chains, explicit = self._chained
+        per_block = max(1, int(self.header["block_size"]) // int(self.header["granule"]))
+        player = Player(
+            Operations(self._words, self._starts, self._stops, self._gaps, self._use, self._counts, per_block,
+                       self._num_blocks),
+            chains.indptr, chains.identities, explicit,
+        )  # fmt: skip
+        if not most:
+            most = player.most_events if self._decoded is None else self._decoded.events + 2 * play.PIECE
+        yield from player.pieces(most, keep)
+        with self._lock:
+            if self._decoded is not None:
+                return
+            if player.lost:
+                detail = "events whose blocks only the missing part of the log names"
+                self.losses.append(Loss("gap", None, None, player.lost, detail))
+            self._decoded = Decoded(known, player.rows(), chains, player.events)
 
     def snapshot(self) -> Snapshot | None:
         """The state that a cut begins with; None for a log that begins with an idle engine."""
@@ -248,55 +282,6 @@ class EngineLog:
             values, unique = _densify(chained, len(chained))
         explicit = identities[owner[:count] < 0]
         return known, Chains(indptr, values, unique), explicit
-
-    def _decode(self) -> Decoded:
-        counts = self._counts
-        total, references = int(counts[survey.N_REQUESTS]), int(counts[survey.N_REFERENCES])
-        known, chains, explicit = self._chains()
-        out = _empty_rows(counts)
-        nodes = np.empty((3, references + 1), np.int32)
-        per_block = max(1, int(self.header["block_size"]) // int(self.header["granule"]))
-        made = play.play(
-            self._words, self._starts, self._stops, self._gaps, self._use, known, chains.indptr, chains.identities,
-            per_block, self._num_blocks, int(counts[survey.N_OWNERS]), explicit, nodes, out,
-        )  # fmt: skip
-        lost = int(made[play.N_LOST])
-        if lost:
-            detail = "events whose blocks only the missing part of the log names"
-            self.losses.append(Loss("gap", None, None, lost, detail))
-        steps, spans, looked = made[play.N_STEPS], made[play.N_SPANS], made[play.N_LOOKUPS]
-        preempted, n, moves = made[play.N_PREEMPTIONS], made[play.N_EVENTS], made[play.N_MOVES]
-        return Decoded(known, rows.Rows(
-            out.requests32[:, :total], out.requests64[:, :total], out.id_bytes,
-            out.steps32[:, :steps], out.steps64[:, :steps], out.spans[:, :spans], out.lookups[:, :looked],
-            out.preemptions[:, :preempted], out.preempted_at[:preempted],
-            out.events[:, :n], out.times[:n], out.kinds[:n], out.groups[:n], out.types, out.type_bytes,
-            out.moves32[:, :moves], out.moves64[:, :moves],
-        ), chains)  # fmt: skip
-
-
-def _empty_rows(counts: NDArray[np.int64]) -> rows.Rows:
-    """Arrays with room for all rows that the first pass has counted."""
-    total, references = int(counts[survey.N_REQUESTS]), int(counts[survey.N_REFERENCES])
-    requests32, requests64 = np.full((16, total), -1, np.int32), np.full((5, total), -1, np.int64)
-    requests32[rows.R_PREEMPTIONS] = 0
-    requests32[rows.R_ID_BYTES] = 0
-    requests64[rows.R_TENANT] = 0
-    steps, preemptions = int(counts[survey.N_STEPS]), int(counts[survey.N_PREEMPTIONS])
-    transfers = int(counts[survey.N_TRANSFERS])
-    # Each reference is made, filled and given up at most once, and evicts at most one identity.
-    events = 4 * references + int(counts[survey.N_EXPLICIT]) + int(counts[survey.N_MOVES]) + 1
-    return rows.Rows(
-        requests32, requests64, np.empty(int(counts[survey.N_ID_BYTES]), np.uint8),
-        np.empty((8, steps), np.int32), np.full((2, steps), -1, np.int64),
-        np.empty((5, 2 * int(counts[survey.N_ENTRIES]) + 1), np.int32),
-        np.empty((5, int(counts[survey.N_LOOKUPS])), np.int32),
-        np.empty((4, preemptions), np.int32), np.empty(preemptions, np.int64),
-        np.empty((4, events), np.int32), np.empty(events, np.int64),
-        np.empty(events, np.uint8), np.empty(events, np.int16),
-        np.empty((3, int(counts[survey.N_TYPES])), np.int32), np.empty(int(counts[survey.N_TYPE_BYTES]), np.uint8),
-        np.empty((7, transfers), np.int32), np.empty((5, transfers), np.int64),
-    )  # fmt: skip
 
 
 def _count(value: Any) -> int:

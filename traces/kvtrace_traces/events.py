@@ -17,10 +17,10 @@ import numpy as np
 from kvtrace_traces.carried import carry
 from kvtrace_traces.compile import njit
 from kvtrace_traces.played import (
-    C_CONTEXT, C_DUE, C_EMPTY, C_EPOCH, C_EVENTS, C_INSIDE, C_LOOKUPS, C_LOST, C_NODES, C_OUTPUT, C_OWNER_AT, C_OWNERS,
-    C_MOVES, C_PREEMPTIONS, C_REQUESTS, C_SET, C_SPANS, C_STEPS, C_TIME, C_WHOLE, C_CALL, NODE_BLOCK, NODE_NEXT,
-    NODE_PREVIOUS, PER_REQUEST, Q_ASKED, Q_FILL, Q_FILLED, Q_FOUND, Q_KNOWN, Q_LOOKED, Q_TAIL, SCALARS, add_block, held,
-    identity_of, leave, now_step, preempt, row,
+    C_AT, C_CALL, C_COMMIT, C_CONTEXT, C_DUE, C_EMPTY, C_EPOCH, C_EVENTS, C_INSIDE, C_LOOKUPS, C_LOST, C_MOVES, C_NODES,
+    C_OUTPUT, C_OWNER_AT, C_OWNERS, C_PREEMPTIONS, C_REQUESTS, C_RESUMED, C_SET, C_SPANS, C_STEPS, C_TIME, C_WANTED,
+    C_WHOLE, NODE_BLOCK, NODE_NEXT, NODE_PREVIOUS, Q_ASKED, Q_FILL, Q_FILLED, Q_FOUND, Q_HELD, Q_KNOWN, Q_LOOKED,
+    Q_TAIL, SCALARS, drop_table, held, hold_block, identity_of, leave, now_step, preempt, row,
 )  # fmt: skip
 from kvtrace_traces.rare import arrive, extended, resume
 from kvtrace_traces.rows import (
@@ -37,41 +37,61 @@ N_EVENTS, N_LOST, N_EMPTY_AFTER, N_MOVES = C_EVENTS, C_LOST, C_EMPTY, C_MOVES
 
 
 @njit
-def play(
-    words, starts, stops, gaps, use, known, indptr, chains, per_block, num_blocks, max_owners, explicit_ids, nodes, out
-):
-    """Decode the commits marked in ``use``. Writes the arrays of ``out`` (:class:`rows.Rows`) and returns the counts
-    ``N_*`` (int64).
-
-    ``explicit_ids``: dense identities of FILLX in log order, as ``gather`` met them; ``nodes``: scratch,
-    int32[3, references + 1].
-    """
-    total = len(known)
+def new_state():
+    """The state before the first commit, int64[SCALARS]."""
     state = np.zeros(SCALARS, np.int64)
     state[C_EPOCH] = 1
     state[C_WHOLE] = 1  # tables are known whole of requests looked up since the last gap
     state[C_NODES] = 1
     state[C_CONTEXT] = -1
-    per = np.zeros((PER_REQUEST, total), np.int32)
-    members = np.empty(total, np.int32)
-    special = np.empty(total, np.int32)
-    owners = np.empty(max_owners + 1, np.uint32)
-    holds = np.zeros(num_blocks, np.int64)
+    state[C_AT] = -1
+    state[C_RESUMED] = 1  # the first frame sets the state, as one after a gap does
+    return state
+
+
+@njit
+def play(
+    words, starts, stops, gaps, use, indptr, chains, per_block, explicit_ids, state, per, members, special, owners,
+    holds, nodes, out,
+):  # fmt: skip
+    """Decode the commits marked in ``use``, from where ``state`` stands until the rows of block events are full.
+
+    Writes the arrays of ``out`` (:class:`rows.Rows`), those of block events from their begin, and counts the rows in
+    ``state`` at ``N_*``. Returns whether the log is at its end; where it is not, and no event was written, the next
+    operation needs room for ``C_WANTED`` of them.
+
+    ``explicit_ids``: dense identities of FILLX in log order, as ``gather`` met them. Scratch: ``per``
+    int32[PER_REQUEST, requests], ``holds`` int64[blocks], both zero at first; ``members`` and ``special``
+    int32[requests]; ``owners`` uint32, one more than a commit names; ``nodes`` int32[3, references + 1].
+    """
     events, times, kinds, groups = out.events, out.times, out.kinds, out.groups
     requests32, requests64, spans = out.requests32, out.requests64, out.spans
     steps32, steps64, lookups = out.steps32, out.steps64, out.lookups
     preemptions, preempted_at, id_bytes = out.preemptions, out.preempted_at, out.id_bytes
-    resumed = True  # the first frame sets the state, as one after a gap does
-    for c in range(len(starts)):
-        if gaps[c] or not use[c]:
-            resumed = True
-        if not use[c]:
-            continue
+    room = len(times)
+    state[C_EVENTS] = 0
+    for c in range(state[C_COMMIT], len(starts)):
         at, stop = starts[c], stops[c]
+        if state[C_AT] >= 0:  # within a commit
+            at = state[C_AT]
+            state[C_AT] = -1
+        else:
+            if gaps[c] or not use[c]:
+                state[C_RESUMED] = 1
+            if not use[c]:
+                continue
         while at < stop:
             n = op_words(words, at, stop)
             op = words[at] & np.uint32(15)
             operand = np.int64(words[at] >> np.uint32(4))
+            most = 2 * n  # rows of block events: a block that is handed out may evict what it held
+            if op == FREE or op == FILL or op == PREEMPT:
+                most += per[Q_HELD, operand]
+            if state[C_EVENTS] + most > room:
+                state[C_COMMIT] = c
+                state[C_AT] = at
+                state[C_WANTED] = most
+                return False
             if op == ALLOC or op == ALLOCN:
                 request = state[C_CONTEXT]
                 if request < 0 and state[C_INSIDE] and state[C_OWNER_AT] < state[C_OWNERS]:
@@ -91,7 +111,7 @@ def play(
                     row(events, times, kinds, groups, e, step, time, ALLOCATED, request, block, -1, 0)
                     e += 1
                     if follow:
-                        add_block(state, per, nodes, request, block)
+                        hold_block(state, per, nodes, request, block)
                 state[C_EVENTS] = e
             elif op == HIT:
                 context = state[C_CONTEXT]
@@ -103,7 +123,7 @@ def play(
                         identity = identity_of(indptr, chains, context, i, per_block)
                         if identity >= 0:
                             holds[block] = epoch << 32 | (identity + 1)
-                        add_block(state, per, nodes, context, block)
+                        hold_block(state, per, nodes, context, block)
                     row(events, times, kinds, groups, e, step, time, HITS, context, block, identity, 0)
                     e += 1
                 state[C_EVENTS] = e
@@ -123,6 +143,7 @@ def play(
                 # Whoever is admitted has no blocks yet: from here on its table is known from the start.
                 per[Q_KNOWN, operand] = state[C_WHOLE]
                 per[Q_TAIL, operand] = 0
+                per[Q_HELD, operand] = 0
                 per[Q_FILL, operand] = 0
                 per[Q_FILLED, operand] = 0
                 per[Q_LOOKED, operand] = state[C_CALL] + 1
@@ -148,9 +169,9 @@ def play(
                 end_call(words, at, state, per, members, special, spans, requests32, steps32, steps64, lookups)
             elif op == KEY:
                 state[C_REQUESTS] = words[at + 4]
-                if resumed:
+                if state[C_RESUMED]:
                     resume(words, at, state, per, members, spans, requests32)
-                    resumed = False
+                    state[C_RESUMED] = 0
             elif op == 15 and operand & 255 == X_REQ:
                 arrive(words, at, state, requests32, requests64, id_bytes)
             elif op == 15 and carry(
@@ -162,7 +183,8 @@ def play(
             at += n
     while state[C_SET] > 0:
         leave(state, per, members, spans, requests32, np.int64(members[state[C_SET] - 1]))
-    return state
+    state[C_COMMIT] = len(starts)
+    return True
 
 
 @njit
@@ -194,8 +216,9 @@ def _free(state, per, nodes, holds, r, many, events, times, kinds, groups):
     """Request ``r`` gives up its blocks, ``many`` as the log has it, last first."""
     node = per[Q_TAIL, r] if per[Q_KNOWN, r] == state[C_WHOLE] else np.int32(0)
     e, step, time, epoch = state[C_EVENTS], now_step(state), state[C_TIME], state[C_EPOCH]
-    rows = 0
+    rows, first = 0, np.int32(0)
     while node > 0:
+        first = node
         block = np.int64(nodes[NODE_BLOCK, node])
         row(events, times, kinds, groups, e, step, time, FREED, r, block, held(holds, epoch, block), 0)
         e += 1
@@ -203,6 +226,4 @@ def _free(state, per, nodes, holds, r, many, events, times, kinds, groups):
         rows += 1
     state[C_EVENTS] = e
     state[C_LOST] += abs(many - rows)
-    per[Q_TAIL, r] = 0
-    per[Q_FILL, r] = 0
-    per[Q_FILLED, r] = 0
+    drop_table(state, per, nodes, r, first)

@@ -15,12 +15,12 @@ from kvtrace_traces.rows import (
 # Scalars, in one array so that helpers can change them. The first seven are what the pass returns.
 (C_STEPS, C_SPANS, C_LOOKUPS, C_PREEMPTIONS, C_EVENTS, C_LOST, C_EMPTY, C_TIME, C_STEP, C_TOKENS, C_SET, C_NODES,
  C_EPOCH, C_WHOLE, C_INSIDE, C_CALL, C_BEGUN, C_RUNNING, C_WAITING, C_SPECIAL, C_PREEMPTED, C_REQUESTS, C_OUTPUT,
- C_DUE, C_ID_AT, C_EXPLICIT_AT, C_CONTEXT, C_OWNERS, C_OWNER_AT, C_TYPES, C_MOVES,
- SCALARS) = range(32)  # fmt: skip
+ C_DUE, C_ID_AT, C_EXPLICIT_AT, C_CONTEXT, C_OWNERS, C_OWNER_AT, C_TYPES, C_MOVES, C_SPARE, C_COMMIT, C_AT, C_RESUMED,
+ C_WANTED, SCALARS) = range(37)  # fmt: skip
 # Per request: membership of the scheduled set, its open span, its block table, when that was last known whole, and
 # its last lookup.
-(Q_PLACE, Q_START, Q_TOKENS, Q_COMPUTED, Q_STAMP, Q_TAIL, Q_FILL, Q_FILLED, Q_KNOWN, Q_LOOKED, Q_ASKED, Q_FOUND,
- PER_REQUEST) = range(13)  # fmt: skip
+(Q_PLACE, Q_START, Q_TOKENS, Q_COMPUTED, Q_STAMP, Q_TAIL, Q_HELD, Q_FILL, Q_FILLED, Q_KNOWN, Q_LOOKED, Q_ASKED, Q_FOUND,
+ PER_REQUEST) = range(14)  # fmt: skip
 # Nodes of the block tables, which are linked lists; node 0 means none.
 NODE_BLOCK, NODE_PREVIOUS, NODE_NEXT = range(3)
 
@@ -137,9 +137,27 @@ def identity_of(indptr, chains, r, block, per_block):
 
 @njit
 def add_block(state, per, nodes, r, block):
-    """Append ``block`` to the table of request ``r``."""
+    """Append ``block`` to the table of request ``r``, in a node that was never used: one behind the last such one."""
     n = state[C_NODES]
     state[C_NODES] = n + 1
+    _append(per, nodes, r, block, n)
+
+
+@njit
+def hold_block(state, per, nodes, r, block):
+    """Append ``block`` to the table of request ``r``, in a node that was given back if there is one: so the nodes in
+    use stay few, and near."""
+    n = state[C_SPARE]
+    if n > 0:
+        state[C_SPARE] = nodes[NODE_NEXT, n]
+    else:
+        n = state[C_NODES]
+        state[C_NODES] = n + 1
+    _append(per, nodes, r, block, n)
+
+
+@njit
+def _append(per, nodes, r, block, n):
     tail = per[Q_TAIL, r]
     nodes[NODE_BLOCK, n] = block
     nodes[NODE_PREVIOUS, n] = tail
@@ -147,5 +165,19 @@ def add_block(state, per, nodes, r, block):
     if tail > 0:
         nodes[NODE_NEXT, tail] = n
     per[Q_TAIL, r] = n
+    per[Q_HELD, r] += 1
     if per[Q_FILL, r] == 0:
         per[Q_FILL, r] = n
+
+
+@njit
+def drop_table(state, per, nodes, r, first):
+    """Forget the block table of request ``r`` and give its nodes back, of which ``first`` is the first, 0 for none."""
+    tail = per[Q_TAIL, r]
+    if first > 0:
+        nodes[NODE_NEXT, tail] = state[C_SPARE]
+        state[C_SPARE] = first
+    per[Q_TAIL, r] = 0
+    per[Q_HELD, r] = 0
+    per[Q_FILL, r] = 0
+    per[Q_FILLED, r] = 0

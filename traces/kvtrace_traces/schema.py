@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 FORMAT_MAJOR = 1
-FORMAT_MINOR = 2
+FORMAT_MINOR = 3
 
 
 class Column(NamedTuple):
@@ -86,6 +86,8 @@ LIVE_RUNNING = 1  # else it waits
 LIVE_SCHEDULED = 2  # it is in the scheduled set
 LIVE_TABLE = 4  # its blocks are known; else they are not, as where recording began late
 LIVE_BEGUN = 8  # it was scheduled before
+#: Flags of KNOWN.
+KNOWN_GIVES = 1  # the call before gives it a token
 
 #: Flags of a request in the log.
 REQUEST_NO_READ = 1  # the request asked not to read the prefix cache
@@ -371,6 +373,15 @@ EXT_OPS: dict[str, Op] = {
             "before, 0 for none",
         ),
         Op("QUEUE", 24, "", "*block", "a cut: the free queue goes on with these blocks"),
+        Op(
+            "KNOWN",
+            25,
+            "",
+            "*(request, tokens, tokens under way, flags, tokens lost)",
+            "a cut: of requests under way, how many tokens of prompt and output are known, how many were scheduled in "
+            "the call whose output is due, and the most that a preemption has cost. Flag 1: the call before gives it a "
+            "token",
+        ),
     )
 }
 

@@ -53,6 +53,7 @@ def _imported(source: Path, package: str) -> tuple[Path, ...]:
     return tuple(files)
 
 
+@once
 def _file(module: str, package: str) -> Path | None:
     """The file of a module of ours; None for others, and for names that are no modules."""
     top, *rest = module.split(".")

@@ -23,6 +23,7 @@ X_FREE, X_IDS, X_STORE, X_LOAD, X_LOST = (EXT_OPS[n].code for n in ("FREEX", "ID
 X_TYPE, X_ABOUT, X_WHEN = (EXT_OPS[n].code for n in ("TYPE", "ABOUT", "WHEN"))
 X_MOVE, X_MOVED = (EXT_OPS[n].code for n in ("MOVE", "MOVED"))
 X_START, X_LIVE, X_KEPT, X_QUEUE = (EXT_OPS[n].code for n in ("START", "LIVE", "KEPT", "QUEUE"))
+X_KNOWN = EXT_OPS["KNOWN"].code
 REQ_WORDS = 12  # fixed part of EXT REQ
 KEY_WORDS = 10  # fixed part of KEY; the last says how many HELD entries there are
 
@@ -289,6 +290,11 @@ def survey(words, starts, stops, keys, gaps, use, capacity_requests, num_blocks)
                     for i in range(at + 1, at + n):
                         if np.int64(words[i]) >= bound:
                             good = False
+                elif code == X_KNOWN:
+                    good = size % 5 == 0
+                    for i in range(size // 5):
+                        if np.int64(words[at + 1 + 5 * i]) >= requests:
+                            good = False
                 elif code == X_TYPE:
                     good = (
                         size >= 2 and np.int64(words[at + 2]) <= 4 * (size - 2) and words[at + 1] < np.uint32(1 << 31)
@@ -404,8 +410,14 @@ def densify(hashes, count, multiplier, slots, identities, unique):
     """
     mask = np.uint64(len(slots) - 1)
     found = 0
+    following = 0
     for i in range(count):
         value = hashes[i]
+        # What follows a known identity is mostly what followed it when it was new, and that has the next number.
+        if following < found and unique[following] == value:
+            identities[i] = following
+            following += 1
+            continue
         mixed = value * multiplier
         slot = (mixed ^ (mixed >> np.uint64(32))) & mask
         while True:
@@ -420,6 +432,7 @@ def densify(hashes, count, multiplier, slots, identities, unique):
                 break
             slot = (slot + np.uint64(1)) & mask
         identities[i] = dense
+        following = dense + 1
     return found
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from kvtrace_traces.schema import ENUMS, TABLES, Column
@@ -68,6 +67,10 @@ def _enum(column: Column, codes: NDArray[Any]) -> pl.Series:
 
 def strings(name: str, starts: NDArray[np.int64], lengths: NDArray[np.int32], data: NDArray[np.uint8]) -> pl.Series:
     """A string column: value i is ``data[starts[i] : starts[i] + lengths[i]]``, back to back and in order."""
+    if not lengths.any():
+        return pl.repeat("", len(lengths), dtype=pl.String, eager=True).alias(name)
+    import pyarrow as pa  # takes as long to import as all else here
+
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
     if len(starts) and not np.array_equal(offsets[:-1], starts - starts[0]):

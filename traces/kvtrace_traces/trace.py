@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import polars as pl
 from kvtrace_traces import rows, tables
 from kvtrace_traces.engine_log import Chains, Decoded, EngineLog
 from kvtrace_traces.errors import KvtraceError, UsageError
+from kvtrace_traces.play import Events
 from kvtrace_traces.schema import FINISH_REASONS, LOSS_REASONS, REQUEST_NO_READ
 from kvtrace_traces.segments import Segment, never_begun, open_segment
 from kvtrace_traces.snapshot import Snapshot
@@ -87,6 +89,11 @@ class Trace:
 
     def __repr__(self) -> str:
         return f"Trace({str(self.path)!r}, {len(self._logs)} engine(s))"
+
+    def pieces(self, engine_index: int) -> Iterator[Events]:
+        """The block events of an engine as arrays, some ten thousand at a time, for compiled loops that go through all
+        of them once. A piece holds until the next is taken."""
+        return self._log(engine_index).pieces()
 
     @property
     def header(self) -> dict[str, Any]:
@@ -167,7 +174,7 @@ class Trace:
             "engines": len(self._logs),
             "requests": sum(int(d.known.sum()) for d in decoded),
             "steps": sum(d.rows.steps32.shape[1] for d in decoded),
-            "events": sum(len(d.rows.times) for d in decoded),
+            "events": sum(d.events for d in decoded),
             "preemptions": sum(d.rows.preemptions.shape[1] for d in decoded),
             "identities": sum(len(d.chains.hashes) for d in decoded),
             "duration_s": max((_duration_s(d) for d in decoded), default=0.0),
@@ -235,7 +242,18 @@ class Trace:
     @cached_property
     def block_events(self) -> pl.DataFrame:
         """One row per block event, in the order they happened."""
-        return self._frames("block_events", _block_events)
+        parts = [piece for _, piece in self.block_event_pieces(0, keep=True)]
+        if not parts:
+            return pl.DataFrame(schema=tables.schema("block_events"))
+        return parts[0] if len(parts) == 1 else pl.concat(parts)
+
+    def block_event_pieces(self, most: int = 1 << 20, keep: bool = False) -> Iterator[tuple[int, pl.DataFrame]]:
+        """The frame ``block_events`` in pieces of about ``most`` rows (0: one for each engine), in order, with their
+        engine_index: for what goes through all of them once, and need not hold them. A piece holds until the next is
+        taken, unless ``keep``."""
+        for log, index in zip(self._logs, self._indices, strict=True):
+            for piece in log.pieces(most, keep):
+                yield index, tables.frame("block_events", _block_events(index, piece))
 
     @cached_property
     def offloads(self) -> pl.DataFrame:
@@ -383,14 +401,14 @@ def _offloads(decoded: Decoded) -> dict[str, Any]:
     }
 
 
-def _block_events(decoded: Decoded) -> dict[str, Any]:
-    table = decoded.rows.events
+def _block_events(index: int, piece: Events) -> dict[str, Any]:
     return {
-        "step": table[rows.E_STEP],
-        "time_ns": decoded.rows.times,
-        "request": table[rows.E_REQUEST],
-        "kind": decoded.rows.kinds,
-        "block": table[rows.E_BLOCK],
-        "identity": table[rows.E_IDENTITY],
-        "group": decoded.rows.groups,
+        "engine_index": np.full(len(piece.times), index, np.int16),
+        "step": piece.narrow[rows.E_STEP],
+        "time_ns": piece.times,
+        "request": piece.narrow[rows.E_REQUEST],
+        "kind": piece.kinds,
+        "block": piece.narrow[rows.E_BLOCK],
+        "identity": piece.narrow[rows.E_IDENTITY],
+        "group": piece.groups,
     }

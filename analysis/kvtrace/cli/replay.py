@@ -104,7 +104,6 @@ def command(
 
     import kvtrace
     from kvtrace.people import Style, capacity
-    from kvtrace.sql import distinct_names
 
     if block_sizes and min(block_sizes) < 1:
         raise UsageError("a block has at least one token")
@@ -115,8 +114,8 @@ def command(
         if per_request is not None:
             raise UsageError("--per-request and --tier exclude each other")
         return tiers.run(paths, policies, capacities, block_sizes, semantics, warmup, output)
-    traces = open_traces(paths)
-    names = distinct_names([trace.path for trace in traces])
+    traces = open_traces(paths, as_they_are=True)
+    names = _names(traces)
     frames: list[pl.DataFrame] = []
     requests: list[pl.DataFrame] = []
     for trace, name in zip(traces, names, strict=True):
@@ -133,6 +132,14 @@ def command(
     shown = [name for name in SHOWN if name in rows.columns and _tells(rows, name)]
     output.table(rows, Style(columns=shown, cells={"capacity_blocks": capacity}))
     return exit_code(traces)
+
+
+def _names(traces: list[Trace]) -> list[str]:
+    if len(traces) == 1:  # it is not shown
+        return [""]
+    from kvtrace.sql import distinct_names
+
+    return distinct_names([trace.path for trace in traces])
 
 
 def _waste(base: dict[str, Any]) -> str:

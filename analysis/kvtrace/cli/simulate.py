@@ -27,6 +27,10 @@ SHOWN = ("steps", "preemptions", "evictions", "hit_tokens", "token_hit_ratio", "
 SHOWN_OFFLOAD = (
     "steps", "preemptions", "evictions", "hit_tokens", "loaded_tokens", "stored_blocks", "loaded_blocks", "exact",
 )  # fmt: skip
+SHOWN_OFFLOAD_TIMED = (
+    "steps", "preemptions", "loaded_tokens", "stored_blocks", "loaded_blocks", "ttft_p50_s", "ttft_p99_s", "itl_p99_s",
+    "output_tokens_per_s", "exact",
+)  # fmt: skip
 SHOWN_TIMED = (
     "steps", "preemptions", "evictions", "token_hit_ratio", "ttft_p50_s", "ttft_p99_s", "itl_p99_s",
     "output_tokens_per_s", "exact",
@@ -126,6 +130,9 @@ def spelling(name: str) -> str:
 @click.option("--timing", metavar="PROFILE",
               help="What steps cost: a profile (a file or a name), GPU:MODEL, or none. [default: as the trace's own "
                    "steps tell]")  # fmt: skip
+@click.option("--link", metavar="GPU|PROFILE|25GB/s",
+              help="What copies to and from host memory cost, where the profile does not know: whose link, or its "
+                   "bandwidth.")  # fmt: skip
 @click.option("--rate", type=Items(), metavar="A,B",
               help="Other times of arrival: x2 (twice as fast as recorded), or 8 (a second, Poisson).")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Of --rate's Poisson process.")
@@ -145,6 +152,7 @@ def command(
     engine: str,
     arrivals: str | None,
     timing: str | None,
+    link: str | None,
     rate: list[str] | None,
     seed: int,
     pageable: bool,
@@ -164,7 +172,7 @@ def command(
     --enable-prefix-caching, underscores) are taken, too.
     """
     from kvtrace.people import Style
-    from kvtrace.simulations import check_single, simulate_trace, write_trace
+    from kvtrace.simulations import check_single, linked, simulate_trace, write_trace
     from kvtrace.simulations_v0 import simulate_v0_trace
 
     for file in (per_request, per_step):
@@ -180,7 +188,7 @@ def command(
     if out is not None:
         check_single(trace, {**settings, "rate": rate or []})
     shared: dict[str, Any] = {
-        "arrivals": arrivals, "timing": timing, "rate": rate, "seed": seed, "mend": mend or (),
+        "arrivals": arrivals, "timing": linked(trace, timing, link), "rate": rate, "seed": seed, "mend": mend or (),
         "allow_lossy": allow_lossy, "step_rows": per_step is not None,
         "progress": _show_progress if sys.stderr.isatty() else None,
     }  # fmt: skip
@@ -196,7 +204,7 @@ def command(
     bare, timed = (SHOWN_V0, SHOWN_V0_TIMED) if old else (SHOWN, SHOWN_TIMED)
     shown: tuple[str, ...] = bare if found.timing is None else timed
     if "offload" in settings.get("preemption", ()):
-        shown = SHOWN_OFFLOAD
+        shown = SHOWN_OFFLOAD if untimed(found) else SHOWN_OFFLOAD_TIMED
     output.table(found.frame(), Style(columns=(*found.varied(), *shown)))
     if per_request is not None:
         write_table(found.per_request(), per_request, output.force)
@@ -208,6 +216,12 @@ def command(
             write_trace(found, part)  # type: ignore[arg-type]
         output.facts(f"wrote {out}", f"next: kvtrace info {out}")
     return exit_code([trace])
+
+
+def untimed(found: Simulated | SimulatedV0) -> bool:
+    """Whether runs with a tier have no times."""
+    tiers = [cell.run for _, cell in found.cells if getattr(cell, "tier", None) is not None and cell.run is not None]
+    return found.timing is None or any(run.clock is None for run in tiers)  # type: ignore[union-attr]
 
 
 def facts_v0(found: SimulatedV0) -> list[str]:
@@ -268,6 +282,8 @@ def facts(trace: Trace, found: Simulated, same_bytes: bool) -> list[str]:
     cells = [cell for _, cell in found.cells]
     lines.append(f"arrivals {cells[0].arrivals}: {ARRIVALS[cells[0].arrivals]}")
     lines += timed_by(found.timing)
+    if found.timing is not None and untimed(found):
+        lines.append("runs with host memory have no times: a trace does not tell what its link costs, --link GPU does")
     ran = [cell for cell in cells if cell.run is not None]
     for name, meaning in WHY.items():
         if many := sum(name in cell.why for cell in ran):

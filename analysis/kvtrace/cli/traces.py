@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,15 +17,28 @@ DAMAGED = 3
 TRACE = click.Path(exists=True, path_type=Path)
 
 
-def open_traces(paths: Sequence[Path]) -> list[Trace]:
-    """Open each path, and note on stderr what is missing from it."""
+def open_traces(paths: Sequence[Path], as_they_are: bool = False) -> list[Trace]:
+    """Open each path, and note on stderr what is missing from it. `as_they_are`: also a file of another tool, where its
+    first record tells the format, for a command that asks for requests and their chains alone."""
     import kvtrace
 
-    traces = [kvtrace.open(path) for path in paths]
+    traces = [_foreign(path) if as_they_are and path.suffix != ".kvt" else kvtrace.open(path) for path in paths]
     for trace in traces:
         for warning in complaints(trace):
             note(f"{trace.path}: {warning}")
     return traces
+
+
+def _foreign(path: Path) -> Trace:
+    import kvtrace
+    from kvtrace_traces.importers.opened import open_import, recognised
+
+    format = recognised(path)
+    if format is None:
+        return kvtrace.open(path)
+    note(f"{path} is read as {format}")
+    opened: Any = open_import(path, format)  # has of a trace what replays ask for
+    return kvtrace.Trace(opened)
 
 
 def complaints(trace: Trace) -> list[str]:

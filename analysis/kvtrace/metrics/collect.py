@@ -11,7 +11,6 @@ import polars as pl
 
 from kvtrace.metrics import hits, memory, passes, reuse, waiting
 from kvtrace.metrics.declare import MISSING, Group
-from kvtrace.sql import Database
 
 if TYPE_CHECKING:
     from kvtrace.api import Trace
@@ -39,6 +38,7 @@ def stats(trace: Trace | str | os.PathLike[str]) -> pl.DataFrame:
     Raises KvtraceError where there is no trace.
     """
     import kvtrace
+    from kvtrace.sql import Database
 
     opened = kvtrace.open(trace) if isinstance(trace, str | os.PathLike) else trace
     database = Database([opened], keep=_USED_AGAIN)

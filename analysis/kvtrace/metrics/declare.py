@@ -44,14 +44,14 @@ MISSING = {
         "no engine looked anything up: imports, and engines without prefix caching",
     ),
     "fills": (
-        "SELECT DISTINCT engine_index FROM block_events WHERE kind = 'fill'",
+        "SELECT DISTINCT engine_index FROM block_lifetimes",
         "no block was ever cached: imports, and engines without prefix caching",
     ),
     "capacity": (
         "SELECT engine_index FROM engines WHERE capacity_blocks IS NOT NULL",
         "the trace does not know the size of the cache",
     ),
-    "chains": ("SELECT DISTINCT engine_index FROM request_blocks", "no request has a whole block"),
+    "chains": ("SELECT DISTINCT engine_index FROM prefixes", "no request has a whole block"),
     "scheduled": (
         "SELECT DISTINCT engine_index FROM requests WHERE first_step IS NOT NULL",
         "no request was scheduled: imports tell of requests only",
@@ -65,14 +65,21 @@ def quantiles(column: str, name: str, unit: str, doc: str, none: str) -> tuple[t
         Metric(f"{name}_p50_{unit}", unit, f"median of {doc}", none),
         Metric(f"{name}_p99_{unit}", unit, f"99th percentile of {doc}", none),
     )
-    parts = [f"quantile_cont({column}, 0.{n}) AS {name}_p{n}_{unit}" for n in (50, 99)]
+    # Both of one list: every quantile with a place of its own keeps all values once more.
+    both = f"quantile_cont({column}, [0.5, 0.99])"
+    parts = [f"{both}[{i}] AS {name}_p{n}_{unit}" for i, n in ((1, 50), (2, 99))]
     return metrics, ", ".join(parts)
 
 
-def powers_of_two(number: str) -> str:
-    """SQL for the range that a whole number falls into: `0`, `1-2`, `3-6`, `7-14` and so on."""
-    low = f"2 ** floor(log2({number} + 1))"
-    return f"CASE WHEN {number} = 0 THEN '0' ELSE ({low} - 1)::BIGINT || '-' || (2 * {low} - 2)::BIGINT END"
+def power_of_two(number: str) -> str:
+    """SQL for the place of the range that a whole number falls into: 0 for 0, 1 for 1-2, 2 for 3-6 and so on."""
+    return f"floor(log2({number} + 1))::INTEGER"
+
+
+def powers_of_two(place: str) -> str:
+    """SQL for the name of that range: `0`, `1-2`, `3-6`, `7-14` and so on."""
+    low = f"(1::BIGINT << {place})"
+    return f"CASE WHEN {place} = 0 THEN '0' ELSE ({low} - 1) || '-' || (2 * {low} - 2) END"
 
 
 def powers_of_ten(time_ns: str) -> str:

@@ -52,12 +52,15 @@ HITS_BY_DEPTH = Group(
         Metric("block_hit_ratio_at_depth", "ratio", "those found / all of them"),
     ),
     f"""
-    WITH places AS (
-      SELECT engine_index, tokens_hit // block_size AS found, unnest(range(tokens_asked // block_size)) AS position
-      FROM lookups JOIN engines USING (engine_index) WHERE NOT after_preemption)
-    SELECT engine_index, {powers_of_two("position")} AS at, count(*) AS block_lookups_at_depth,
-           count(*) FILTER (WHERE position < found) / count(*) AS block_hit_ratio_at_depth
-    FROM places GROUP BY engine_index, "at" ORDER BY engine_index, min(position)
+    WITH asked AS (
+      SELECT engine_index, tokens_hit // block_size AS found, tokens_asked // block_size AS places
+      FROM lookups JOIN engines USING (engine_index) WHERE NOT after_preemption AND tokens_asked >= block_size),
+    ranges AS (  -- from 2^k - 1 on, as many as that and one more: not place by place, which are many
+      SELECT *, (1::BIGINT << k) - 1 AS low, (2::BIGINT << k) - 1 AS past
+      FROM (SELECT *, unnest(range(floor(log2(places))::BIGINT + 2)) AS k FROM asked))
+    SELECT engine_index, {powers_of_two("k")} AS at, sum(least(places, past) - low)::BIGINT AS block_lookups_at_depth,
+           sum(greatest(least(found, past), low) - low) / sum(least(places, past) - low) AS block_hit_ratio_at_depth
+    FROM ranges WHERE low < places GROUP BY engine_index, k ORDER BY engine_index, k
     """,
     ("lookups",),
     "places of blocks, from 0",
@@ -122,7 +125,7 @@ COST = Group(
     ),
     """
     WITH changes AS (
-      SELECT engine_index, fill_ns AS time_ns, 1 AS change FROM block_lifetimes
+      SELECT engine_index, coalesce(fill_ns, -(2::BIGINT ** 62)::BIGINT) AS time_ns, 1 AS change FROM block_lifetimes
       UNION ALL SELECT engine_index, evict_ns, -1 FROM block_lifetimes WHERE evict_ns IS NOT NULL),
     levels AS (
       SELECT engine_index, time_ns, sum(sum(change)) OVER w AS cached

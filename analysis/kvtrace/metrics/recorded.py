@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from kvtrace.sql import Database
-
 if TYPE_CHECKING:
     from kvtrace_traces import Trace
 
@@ -50,6 +48,8 @@ def occupancy(trace: Trace, header: dict[str, Any]) -> pl.DataFrame:
     """
     if capacity_blocks(header) is None:
         return pl.DataFrame(schema={"step": pl.Int32, "used": pl.Int64, "cached_idle": pl.Int64, "free": pl.Int64})
+    from kvtrace.sql import Database
+
     return Database([trace]).query(
         "SELECT step, used, cached_idle, free FROM occupancy "
         f"WHERE engine_index = {int(header['engine_index'])} ORDER BY step"

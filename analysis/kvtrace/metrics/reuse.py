@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvtrace.metrics.declare import Group, Metric, powers_of_ten, powers_of_two, quantiles
+from kvtrace.metrics.declare import Group, Metric, power_of_two, powers_of_ten, powers_of_two, quantiles
 
 _none = "no block was used twice"
 _distances, _distances_sql = quantiles("distance_blocks", "reuse_distance", "blocks", "reuse distances: distinct "
@@ -25,11 +25,9 @@ REUSE = Group(
                "the trace does not know the size of the cache"),
     ),
     f"""
-    WITH blocks AS (
-      SELECT engine_index, identity, count(*) AS uses FROM reuse GROUP BY engine_index, identity),
-    counted AS (
-      SELECT engine_index, sum(uses) AS block_uses, count(*) AS unique_blocks,
-             count(*) FILTER (WHERE uses = 1) AS single FROM blocks GROUP BY engine_index),
+    WITH counted AS (
+      SELECT engine_index, count(*) AS block_uses, count(*) FILTER (WHERE nth_use = 1) AS unique_blocks,
+             unique_blocks - count(*) FILTER (WHERE nth_use = 2) AS single FROM reuse GROUP BY engine_index),
     spread AS (SELECT engine_index, {_distances_sql}, {_times_sql} FROM reuse GROUP BY engine_index)
     SELECT *, 1 - unique_blocks / block_uses AS reused_block_ratio, block_uses / unique_blocks AS uses_per_block,
            single / unique_blocks AS single_use_block_ratio,
@@ -47,11 +45,13 @@ DISTANCES = Group(
         Metric("reuses_up_to_distance_ratio", "ratio", "those, and those at smaller ones / all of them"),
     ),
     f"""
-    SELECT engine_index, {powers_of_two("distance_blocks")} AS at, count(*) AS reuses_at_distance,
-           sum(count(*)) OVER (PARTITION BY engine_index ORDER BY min(distance_blocks))
-             / sum(count(*)) OVER (PARTITION BY engine_index) AS reuses_up_to_distance_ratio
-    FROM reuse WHERE distance_blocks IS NOT NULL
-    GROUP BY engine_index, "at" ORDER BY engine_index, min(distance_blocks)
+    WITH counted AS (
+      SELECT engine_index, {power_of_two("distance_blocks")} AS place, count(*) AS uses
+      FROM reuse WHERE distance_blocks IS NOT NULL GROUP BY engine_index, place)
+    SELECT engine_index, {powers_of_two("place")} AS at, uses AS reuses_at_distance,
+           sum(uses) OVER (PARTITION BY engine_index ORDER BY place)
+             / sum(uses) OVER (PARTITION BY engine_index) AS reuses_up_to_distance_ratio
+    FROM counted ORDER BY engine_index, place
     """,
     ("chains",),
     "range of distances in blocks",

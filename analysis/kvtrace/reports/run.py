@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from kvtrace.api import Trace
 
 POLICIES = ("lru", "fifo", "sieve", "s3fifo", "opt")
-MOST_POINTS, LEAST_POINTS = 12, 4  # of a curve, beside those around the run's own cache
+MOST_POINTS, LEAST_POINTS = 12, 2  # of a curve, beside those around the run's own cache
+MOST_BYTES = 1 << 29  # of views that are kept, beside those that a query names
 REPLAYED_USES = 800_000_000  # of blocks, in all replays of a curve together: about ten seconds
 # Views that several sections ask for, and that cost more than to keep them.
 _KEPT = ("block_lifetimes", "occupancy", "preemptions", "step_phases", "misses", "prefixes", "latencies")
@@ -84,28 +85,41 @@ class Source:
     def __init__(self, trace: Trace, name: str) -> None:
         self.trace = trace
         self.name = name
-        self.database = Database([trace.reader], keep=_KEPT)
+        self.database = Database([trace.reader], keep=_KEPT, most_bytes=MOST_BYTES)
 
-    @cached_property
-    def known(self) -> dict[str, set[int]]:
-        """The engines that have what metrics need."""
-        return {name: set(self.database.query(query)["engine_index"]) for name, (query, _) in MISSING.items()}
+        self._known: dict[str, set[int]] = {}
+        self._figures: dict[str, pl.DataFrame] = {}
+
+    def known(self, need: str) -> set[int]:
+        """The engines that have what metrics may need: a key of `kvtrace.metrics.declare.MISSING`."""
+        if need not in self._known:
+            self._known[need] = set(self.database.query(MISSING[need][0])["engine_index"])
+        return self._known[need]
+
+    def figures(self, group: Group) -> pl.DataFrame:
+        """What the query of a group of metrics answers with, asked once."""
+        if group.name not in self._figures:
+            self._figures[group.name] = self.database.query(group.sql)
+        return self._figures[group.name]
 
     @cached_property
     def uses(self) -> pl.DataFrame:
         """By engine_index: block_uses, those of blocks by requests, and distinct_blocks among them."""
         return self.database.query(
-            "SELECT engine_index, count(*) AS block_uses, count(DISTINCT identity) AS distinct_blocks "
-            "FROM request_blocks GROUP BY engine_index"
+            "SELECT engine_index, sum(requests * blocks)::BIGINT AS block_uses, sum(blocks)::BIGINT AS distinct_blocks "
+            "FROM prefixes GROUP BY engine_index"
         )
 
     @cached_property
     def curve(self) -> pl.DataFrame:
-        """Rows of `kvtrace.curve` for all engines, at the same sizes."""
+        """Rows of `kvtrace.curve` for all engines, at the same sizes; those of LRU at some more."""
         capacities = {metrics.capacity_blocks(header) for header in self.trace.engines} - {None}
         uses, distinct = (int(self.uses[name].to_numpy().max(initial=0)) for name in ("block_uses", "distinct_blocks"))
         sizes = curve_sizes([size for size in capacities if size], distinct, uses)
-        return curve(self.trace, list(POLICIES), sizes)
+        # LRU takes one pass for all sizes, so it has as many as there are of a small trace.
+        more = sorted({*sizes, *curve_sizes([size for size in capacities if size], distinct, 1)})
+        others = [policy for policy in POLICIES if policy != "lru"]
+        return pl.concat([curve(self.trace, "lru", more), curve(self.trace, others, sizes)])
 
 
 class Run:
@@ -136,7 +150,7 @@ class Run:
         """
         for need in group.needs:
             self.require(need)
-        return self.source.database.query(group.sql).filter(pl.col("engine_index") == self.engine)
+        return self.source.figures(group).filter(pl.col("engine_index") == self.engine)
 
     def require(self, need: str) -> None:
         """Raises Untold, with the reason, where the run does not have what metrics may need."""
@@ -158,7 +172,7 @@ class Run:
 
     def has(self, need: str) -> bool:
         """Whether the run has what metrics may need: a key of `kvtrace.metrics.declare.MISSING`."""
-        return self.engine in self.source.known[need]
+        return self.engine in self.source.known(need)
 
     @cached_property
     def timed(self) -> bool:

@@ -17,8 +17,9 @@ from kvtrace_traces.schema import TABLES, Table
 
 # In the order in which they are listed and shipped: none needs a later one.
 _FILES = (
-    "step_requests", "request_blocks", "block_lifetimes", "block_tables", "read_spans", "reads", "prefixes", "reuse",
-    "preemptions", "step_phases", "occupancy", "latencies", "misses",
+    "step_requests", "request_blocks", "block_lifetimes", "block_tables", "read_spans", "reads", "step_reads",
+    "block_reads", "shared_reads", "prefixes", "reuse", "preemptions", "step_phases", "occupancy", "latencies",
+    "misses", "clients",
 )  # fmt: skip
 __all__ = ["EXTRA", "View", "every_table", "filled", "source_of", "views"]
 

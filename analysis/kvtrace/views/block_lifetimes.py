@@ -24,9 +24,9 @@ VIEW = View(
         Column("block", "i32", "block", "the block's number in the engine"),
         Column("identity", "i32", "identity", "what it held"),
         Column("request", "i32", "request", "the request that filled it", True),
-        Column("fill_step", "i32", "step", "the step in which it was filled"),
-        Column("fill_ns", "i64", "ns", "when it was filled"),
-        Column("uses", "i64", "times", "hits: requests that took it from the cache"),
+        Column("fill_step", "i32", "step", "the step in which it was filled; null: before a cut began", True),
+        Column("fill_ns", "i64", "ns", "when it was filled", True),
+        Column("uses", "i64", "times", "hits: requests that took it from the cache; in a cut, from its begin on"),
         Column("first_use_ns", "i64", "ns", "the first of them", True),
         Column("last_use_ns", "i64", "ns", "the last of them", True),
         Column("ended_by", "str", "", "`evict`, `reset` (everything was forgotten) or `fill` (overwritten)", True),
@@ -35,19 +35,23 @@ VIEW = View(
         Column("lifetime_ns", "i64", "ns", "from fill to that", True),
         Column("idle_ns", "i64", "ns", "from the last request's letting go to that; null if one still held it", True),
     ),
-    ("block_events",),
+    ("block_events", "carried_blocks"),
     f"""
 WITH {EVENTS},
 numbered AS (  -- a life is known by its fill
   SELECT *, last_value(CASE WHEN kind = 'fill' THEN n END IGNORE NULLS) OVER (
            PARTITION BY {{key}}, block ORDER BY n ROWS UNBOUNDED PRECEDING) AS fill_n
-  FROM events WHERE kind IN ('fill', 'hit', 'free', 'evict') AND identity IS NOT NULL),
+  FROM (
+    SELECT {{key}}, n, step, time_ns, request, kind, block, identity, 1 AS holders FROM events
+    UNION ALL SELECT {{key}}, 0, NULL, NULL, NULL, 'fill', block, identity, holders FROM carried_blocks)
+  WHERE kind IN ('fill', 'hit', 'free', 'evict') AND identity IS NOT NULL),
 lives AS (
   SELECT {{key}}, block, fill_n,
          min(step) FILTER (WHERE kind = 'fill') AS fill_step,
          min(time_ns) FILTER (WHERE kind = 'fill') AS fill_ns,
          min(identity) FILTER (WHERE kind = 'fill') AS identity,
          min(request) FILTER (WHERE kind = 'fill') AS request,
+         min(holders) FILTER (WHERE kind = 'fill') AS holders,
          count(*) FILTER (WHERE kind = 'hit') AS uses,
          min(time_ns) FILTER (WHERE kind = 'hit') AS first_use_ns,
          max(time_ns) FILTER (WHERE kind = 'hit') AS last_use_ns,
@@ -75,7 +79,7 @@ dated AS (
   FROM ends)
 SELECT {{key}}, block, identity, request, fill_step, fill_ns, uses, first_use_ns, last_use_ns, ended_by, evict_step,
        evict_ns, evict_ns - fill_ns AS lifetime_ns,
-       CASE WHEN frees = uses + 1 THEN evict_ns - last_free_ns END AS idle_ns
+       CASE WHEN frees = uses + holders THEN evict_ns - last_free_ns END AS idle_ns
 FROM dated
 """,
     fast=_fast,

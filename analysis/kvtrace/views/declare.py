@@ -16,8 +16,8 @@ class View(NamedTuple):
 
     `doc`: one row per what; `columns`: as those of a table, without `trace`; `needs`: the tables and views that its
     SQL names; `sql`: a SELECT with exactly these columns; `make`: where a compiled kernel makes the rows, what makes
-    them of the rows of `sql`; `fast`: where a compiled kernel makes them of a trace, what makes the rows of `sql`, in
-    any order, without it: plain DuckDB on an export has the SQL, `kvtrace sql` the kernel.
+    them of the rows of `sql`; `fast`: where a compiled kernel makes them of a trace, what makes the view's rows, in any
+    order, without it (None: of this trace it cannot): plain DuckDB on an export has the SQL, `kvtrace sql` the kernel.
     """
 
     name: str
@@ -26,7 +26,7 @@ class View(NamedTuple):
     needs: tuple[str, ...]
     sql: str
     make: Callable[[pl.DataFrame], pl.DataFrame] | None = None
-    fast: Callable[[Any], pl.DataFrame] | None = None
+    fast: Callable[[Any], pl.DataFrame | None] | None = None
 
 
 def column(table: str, name: str) -> Column:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from kvtrace.views.event_arrays import NO_TIME, block_count, known, pieces
+from kvtrace.views.extra import frame
 from kvtrace_traces.compile import njit
+from kvtrace_traces.rows import E_BLOCK, E_IDENTITY, E_REQUEST, E_STEP
 from kvtrace_traces.schema import BLOCK_EVENT_KINDS
 
 I8 = npt.NDArray[np.int8]
@@ -18,132 +22,160 @@ I64 = npt.NDArray[np.int64]
 
 HIT, FILL, FREE, EVICT, RESET = (BLOCK_EVENT_KINDS.index(kind) for kind in ("hit", "fill", "free", "evict", "reset"))
 ENDS = ("evict", "reset", "fill")
-NO_TIME = np.iinfo(np.int64).min
-# Columns of the int64 table of lives; NO_TIME where there is none.
-FILL_N, FILL_NS, FIRST_USE, LAST_USE, LAST_FREE, EVICT_N, EVICT_NS = range(7)
-# Columns of the int32 table; -1 where there is none.
-BLOCK, IDENTITY, REQUEST, FILL_STEP, USES, FREES, EVICT_STEP, NEXT = range(8)
+BY_EVICT, BY_RESET, BY_FILL = range(3)
+CHUNK = 1 << 20
+# Rows of the int64 table of lives; NO_TIME where there is none.
+FILL_NS, USES, FIRST_USE, LAST_USE, EVICT_NS, LIFETIME, IDLE = range(7)
+# Rows of the int32 table; -1 where there is none.
+BLOCK, IDENTITY, REQUEST, FILL_STEP, EVICT_STEP = range(5)
+# Columns of what is known of the life that a block is in: int64 and int32.
+L_FILL_NS, L_FIRST, L_LAST, L_FREED, L_END_NS = range(5)
+L_IDENTITY, L_REQUEST, L_STEP, L_USES, L_FREES, L_END_STEP, L_ENDED = range(7)
+NO_LIFE, LIVES = -2, -1  # in L_ENDED, else a place in ENDS
 
 
 def lifetimes(trace: Any) -> pl.DataFrame:
-    """The rows of the view for all engines of a trace, by fill."""
-    events = trace.block_events
-    parts = [_of_engine(engine) for engine in events.partition_by("engine_index", maintain_order=True)]
-    return pl.concat(parts) if parts else _of_engine(events)
+    """The rows of the view for all engines of a trace, in the order in which their blocks are filled anew."""
+    return pl.concat([frame for header in trace.engines for frame in _of_engine(trace, header)], rechunk=False)
 
 
-def _of_engine(events: pl.DataFrame) -> pl.DataFrame:
-    index = int(events["engine_index"][0]) if events.height else 0
-    kind = events["kind"].to_physical().to_numpy()
-    step, time_ns = events["step"].to_numpy(), events["time_ns"].to_numpy()
-    block, identity, request = (
-        np.ascontiguousarray(events[name].fill_null(-1).to_numpy(), np.int32)
-        for name in ("block", "identity", "request")
+def _of_engine(trace: Any, header: dict[str, Any]) -> Iterator[pl.DataFrame]:
+    blocks = block_count(trace, header)
+    times, others = np.zeros((blocks, 5), np.int64), np.zeros((blocks, 7), np.int32)
+    others[:, L_ENDED] = NO_LIFE
+    _carry(trace, header, times, others)
+    wide, narrow, ended, made = *_table(max(CHUNK, blocks)), 0
+    for piece in pieces(trace, header):
+        if made + len(piece.times) > len(ended):
+            yield _frame(header, wide[:, :made], narrow[:, :made], ended[:made])
+            wide, narrow, ended, made = *_table(max(CHUNK, blocks, len(piece.times))), 0
+        made = _follow(piece.narrow, piece.times, piece.kinds, times, others, wide, narrow, ended, made)
+    if made + blocks > len(ended):
+        yield _frame(header, wide[:, :made], narrow[:, :made], ended[:made])
+        wide, narrow, ended, made = *_table(blocks), 0
+    made = _still_cached(times, others, wide, narrow, ended, made)
+    yield _frame(header, wide[:, :made], narrow[:, :made], ended[:made])
+
+
+def _carry(trace: Any, header: dict[str, Any], times: I64, others: I32) -> None:
+    """Set the lives of the blocks that are cached where a cut begins."""
+    carried = frame("carried_blocks", trace).filter(
+        (pl.col("engine_index") == header["engine_index"]) & pl.col("identity").is_not_null()
     )
-    fills = int(np.count_nonzero((kind == FILL) & (identity >= 0)))
-    wide, narrow = np.full((7, fills), NO_TIME, np.int64), np.full((8, fills), -1, np.int32)
-    blocks = int(block.max()) + 2 if block.size else 1
-    _follow(kind, step, time_ns, block, identity, request, np.full(blocks, -1, np.int32), wide, narrow)
-    _date_ends(np.flatnonzero(kind == RESET), step, time_ns, wide, narrow, ended := np.full(fills, -1, np.int8))
-    return _frame(index, wide, narrow, ended)
+    block = carried["block"].to_numpy()
+    times[block] = NO_TIME
+    others[block, L_IDENTITY], others[block, L_REQUEST] = carried["identity"].to_numpy(), -1
+    others[block, L_STEP], others[block, L_ENDED] = -1, LIVES
+    others[block, L_FREES] = 1 - carried["holders"].to_numpy()  # as if it had been filled, and one held it
 
 
-@njit(nogil=True)
+def _table(rows: int) -> tuple[I64, I32, I8]:
+    return np.empty((7, rows), np.int64), np.empty((5, rows), np.int32), np.empty(rows, np.int8)
+
+
+@njit
 def _follow(
-    kind: U8, step: I32, time_ns: I64, block: I32, identity: I32, request: I32, life: I32, wide: I64, narrow: I32
-) -> None:
-    """Fills the tables of lives. `life` int32[blocks]: the one that each block is in, -1 for none; events count for the
-    last fill of their block."""
-    made = 0
-    for n in range(kind.size):
-        what = kind[n]
-        if identity[n] < 0 or (what != FILL and what != HIT and what != FREE and what != EVICT):
+    events: I32, event_ns: I64, kinds: U8, times: I64, others: I32, wide: I64, narrow: I32, ended: I8, made: int
+) -> int:
+    """Adds the lives that are over to the tables, behind the `made` ones, and returns how many there are then.
+
+    `times` int64[blocks, 5], `others` int32[blocks, 7]: the life that each block is in. Events count for the last fill
+    of their block, so a life is written down when its block is filled again.
+    """
+    for n in range(kinds.size):
+        what = kinds[n]
+        if what == RESET:
+            for one in range(len(times)):
+                if others[one, L_ENDED] == LIVES:
+                    others[one, L_ENDED] = BY_RESET
+                    others[one, L_END_STEP], times[one, L_END_NS] = events[E_STEP, n], event_ns[n]
             continue
-        at = np.intp(block[n])
-        k = np.intp(life[at])
+        if events[E_IDENTITY, n] < 0 or (what != FILL and what != HIT and what != FREE and what != EVICT):
+            continue
+        block = np.intp(np.uint32(events[E_BLOCK, n]))
+        now = event_ns[n]
+        state = others[block, L_ENDED]
         if what == FILL:
-            if k >= 0:
-                narrow[NEXT, k] = made
-            k = np.intp(made)
-            life[at] = made
-            made += 1
-            narrow[BLOCK, k], narrow[IDENTITY, k], narrow[REQUEST, k] = block[n], identity[n], request[n]
-            narrow[FILL_STEP, k], narrow[USES, k], narrow[FREES, k] = step[n], 0, 0
-            wide[FILL_N, k], wide[FILL_NS, k] = n, time_ns[n]
-        elif k < 0:
+            if state != NO_LIFE:
+                if state == LIVES:
+                    others[block, L_ENDED] = BY_FILL
+                    others[block, L_END_STEP], times[block, L_END_NS] = events[E_STEP, n], now
+                _write(block, times, others, wide, narrow, ended, made)
+                made += 1
+            others[block, L_IDENTITY], others[block, L_REQUEST] = events[E_IDENTITY, n], events[E_REQUEST, n]
+            others[block, L_STEP], others[block, L_ENDED] = events[E_STEP, n], LIVES
+            others[block, L_USES], others[block, L_FREES] = 0, 0
+            times[block, L_FILL_NS], times[block, L_FIRST] = now, NO_TIME
+            times[block, L_LAST], times[block, L_FREED] = NO_TIME, NO_TIME
+        elif state == NO_LIFE:
             continue
         elif what == HIT:
-            narrow[USES, k] += 1
-            if wide[FIRST_USE, k] == NO_TIME or time_ns[n] < wide[FIRST_USE, k]:
-                wide[FIRST_USE, k] = time_ns[n]
-            wide[LAST_USE, k] = max(wide[LAST_USE, k], time_ns[n])
+            others[block, L_USES] += 1
+            if times[block, L_FIRST] == NO_TIME or now < times[block, L_FIRST]:
+                times[block, L_FIRST] = now
+            times[block, L_LAST] = max(times[block, L_LAST], now)
         elif what == FREE:
-            narrow[FREES, k] += 1
-            wide[LAST_FREE, k] = max(wide[LAST_FREE, k], time_ns[n])
-        else:
-            if wide[EVICT_N, k] == NO_TIME:
-                wide[EVICT_N, k] = n
-                wide[EVICT_NS, k] = time_ns[n]
-                narrow[EVICT_STEP, k] = step[n]
-            else:
-                wide[EVICT_NS, k] = min(wide[EVICT_NS, k], time_ns[n])
-                narrow[EVICT_STEP, k] = min(narrow[EVICT_STEP, k], step[n])
+            others[block, L_FREES] += 1
+            times[block, L_FREED] = max(times[block, L_FREED], now)
+        elif state == LIVES:
+            others[block, L_ENDED] = BY_EVICT
+            others[block, L_END_STEP], times[block, L_END_NS] = events[E_STEP, n], now
+        elif state == BY_EVICT:
+            others[block, L_END_STEP] = min(others[block, L_END_STEP], events[E_STEP, n])
+            times[block, L_END_NS] = min(times[block, L_END_NS], now)
+    return made
 
 
-@njit(nogil=True)
-def _date_ends(resets: I64, step: I32, time_ns: I64, wide: I64, narrow: I32, ended: I8) -> None:
-    """Sets what ended each life, and dates its end: at the first reset after its fill, its eviction, or the next fill
-    of its block, whichever came first; `ended` int8: place in ENDS, -1 for still cached."""
-    reset = 0
-    for k in range(ended.size):
-        while reset < resets.size and resets[reset] < wide[FILL_N, k]:
-            reset += 1
-        following = np.intp(narrow[NEXT, k])
-        next_n = wide[FILL_N, following] if following >= 0 else NO_TIME
-        evict_n = wide[EVICT_N, k]
-        other = evict_n if evict_n != NO_TIME else next_n
-        if reset < resets.size and (other == NO_TIME or resets[reset] < other):
-            ended[k] = 1
-            narrow[EVICT_STEP, k] = step[resets[reset]]
-            wide[EVICT_NS, k] = time_ns[resets[reset]]
-        elif evict_n != NO_TIME:
-            ended[k] = 0
-        elif following >= 0:
-            ended[k] = 2
-            narrow[EVICT_STEP, k] = narrow[FILL_STEP, following]
-            wide[EVICT_NS, k] = wide[FILL_NS, following]
+@njit
+def _still_cached(times: I64, others: I32, wide: I64, narrow: I32, ended: I8, made: int) -> int:
+    """Adds the lives whose blocks were not filled again."""
+    for block in range(len(times)):
+        if others[block, L_ENDED] != NO_LIFE:
+            _write(block, times, others, wide, narrow, ended, made)
+            made += 1
+    return made
 
 
-def _frame(index: int, wide: I64, narrow: I32, ended: I8) -> pl.DataFrame:
-    def time(column: int) -> pl.Series:
-        return _known(wide[column], wide[column] != NO_TIME)
+@njit(cache=False)
+def _write(block: Any, times: I64, others: I32, wide: I64, narrow: I32, ended: I8, k: int) -> None:
+    over = others[block, L_ENDED] != LIVES
+    begun, end = times[block, L_FILL_NS], times[block, L_END_NS]
+    uses, freed = others[block, L_USES], times[block, L_FREED]
+    narrow[BLOCK, k], narrow[IDENTITY, k] = block, others[block, L_IDENTITY]
+    narrow[REQUEST, k], narrow[FILL_STEP, k] = others[block, L_REQUEST], others[block, L_STEP]
+    narrow[EVICT_STEP, k] = others[block, L_END_STEP] if over else -1
+    wide[FILL_NS, k], wide[USES, k] = begun, uses
+    wide[FIRST_USE, k], wide[LAST_USE, k] = times[block, L_FIRST], times[block, L_LAST]
+    wide[EVICT_NS, k] = end if over else NO_TIME
+    wide[LIFETIME, k] = end - begun if over and begun != NO_TIME else NO_TIME
+    # Else a request still holds it, or nobody is known to have let it go.
+    let_go = over and others[block, L_FREES] == uses + 1 and freed != NO_TIME
+    wide[IDLE, k] = end - freed if let_go else NO_TIME
+    ended[k] = others[block, L_ENDED]
 
-    def small(column: int) -> pl.Series:
-        return _known(narrow[column], narrow[column] >= 0)
 
-    evict_ns, fill_ns = time(EVICT_NS), pl.Series(wide[FILL_NS])
-    let_go = narrow[FREES] == narrow[USES] + 1
+def _frame(header: dict[str, Any], wide: I64, narrow: I32, ended: I8) -> pl.DataFrame:
+    def time(row: int) -> pl.Series:
+        return known(wide[row], wide[row] != NO_TIME)
+
+    def small(row: int) -> pl.Series:
+        return known(narrow[row], narrow[row] >= 0)
+
     return pl.DataFrame(
         {
-            "engine_index": pl.repeat(index, len(fill_ns), dtype=pl.Int16, eager=True),
+            "engine_index": pl.repeat(header["engine_index"], len(ended), dtype=pl.Int16, eager=True),
             "block": pl.Series(narrow[BLOCK]),
             "identity": pl.Series(narrow[IDENTITY]),
             "request": small(REQUEST),
-            "fill_step": pl.Series(narrow[FILL_STEP]),
-            "fill_ns": fill_ns,
-            "uses": pl.Series(narrow[USES].astype(np.int64)),
+            "fill_step": small(FILL_STEP),
+            "fill_ns": time(FILL_NS),
+            "uses": pl.Series(wide[USES]),
             "first_use_ns": time(FIRST_USE),
             "last_use_ns": time(LAST_USE),
-            "ended_by": pl.Series(ENDS, dtype=pl.Enum(ENDS)).gather(_known(ended.astype(np.uint32), ended >= 0)),
+            "ended_by": pl.Series(ENDS, dtype=pl.Enum(ENDS)).gather(known(ended.astype(np.uint32), ended >= 0)),
             "evict_step": small(EVICT_STEP),
-            "evict_ns": evict_ns,
-            "lifetime_ns": evict_ns - fill_ns,
-            "idle_ns": evict_ns - _known(wide[LAST_FREE], let_go & (wide[LAST_FREE] != NO_TIME)),
+            "evict_ns": time(EVICT_NS),
+            "lifetime_ns": time(LIFETIME),
+            "idle_ns": time(IDLE),
         }
     )
-
-
-def _known(values: Any, known: Any) -> pl.Series:
-    """The values, null where they are not known."""
-    made = pl.Series(np.ascontiguousarray(values))
-    return made if known.all() else pl.select(pl.when(pl.Series(known)).then(made)).to_series()

@@ -8,8 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from kvtrace.views.event_arrays import block_count, pieces
 from kvtrace.views.extra import frame
 from kvtrace_traces.compile import njit
+from kvtrace_traces.rows import E_BLOCK, E_IDENTITY
 from kvtrace_traces.schema import BLOCK_EVENT_KINDS
 
 U8 = npt.NDArray[np.uint8]
@@ -23,6 +25,7 @@ ALLOCATE, HIT, FILL, FREE, EVICT, RESET = (
 
 # By kind: what it adds to the requests that hold the block, and whether it tells that the block is cached.
 CHANGE = np.array([{ALLOCATE: 1, HIT: 1, FREE: -1}.get(kind, 0) for kind in range(len(BLOCK_EVENT_KINDS))], np.int32)
+BEFORE = -(2**62)  # ns: where a cut begins
 CACHED = np.array([kind in (FILL, HIT, FREE) for kind in range(len(BLOCK_EVENT_KINDS))])
 
 
@@ -39,7 +42,7 @@ def _of_engine(trace: Any, engine: dict[str, Any]) -> pl.DataFrame:
     starts = np.ascontiguousarray(steps["start_ns"].to_numpy(), np.int64)
     # What happened up to the begin of each step, before it is summed up; behind the last step lies what is too late.
     held, idle = np.zeros(starts.size + 1, np.int64), np.zeros(starts.size + 1, np.int64)
-    _blocks(trace.block_events.filter(mine), starts, held, idle)
+    _blocks(trace, engine["engine_index"], starts, held, idle)
     tokens = np.zeros(starts.size + 1, np.int64)
     for time_ns, change in (
         (starts, steps["tokens"].to_numpy()),
@@ -70,44 +73,47 @@ _SCHEMA: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _blocks(events: pl.DataFrame, starts: I64, held: I64, idle: I64) -> None:
-    block = np.ascontiguousarray(events["block"].fill_null(-1).to_numpy(), np.int32)
-    blocks = int(block.max()) + 2 if block.size else 1
-    kind = events["kind"].to_physical().to_numpy()
-    seen = np.zeros(blocks, np.bool_)
-    _follow(
-        kind, events["time_ns"].to_numpy(), block, events["identity"].is_not_null().to_numpy(), starts,
-        np.zeros(blocks, np.int32), seen, held, idle,
-    )  # fmt: skip
+def _blocks(trace: Any, engine_index: int, starts: I64, held: I64, idle: I64) -> None:
+    header = next(header for header in trace.engines if header["engine_index"] == engine_index)
+    blocks, at = block_count(trace, header), 0
+    holders, idles = np.zeros(blocks, np.int32), np.zeros(blocks, np.bool_)
+    carried = frame("carried_blocks", trace).filter(pl.col("engine_index") == engine_index)
+    begun = carried["block"].to_numpy()
+    holders[begun] = carried["holders"].to_numpy()
+    idles[begun] = (carried["identity"].is_not_null() & (carried["holders"] == 0)).to_numpy()
+    held[0], idle[0] = holders.sum(), idles.sum()
+    for piece in pieces(trace, header):
+        at = _follow(piece.narrow, piece.times, piece.kinds, starts, holders, idles, held, idle, at)
 
 
-@njit(nogil=True)
+@njit
 def _follow(
-    kind: U8, time_ns: I64, block: I32, identified: Bools, starts: I64, holders: I32, idles: Bools, held: I64,
-    idle: I64,
-) -> None:  # fmt: skip
+    events: I32, event_ns: I64, kinds: U8, starts: I64, holders: I32, idles: Bools, held: I64, idle: I64, at: int
+) -> int:
     """Adds to `held` and `idle` what changes from step to step. `holders` int32[blocks] and `idles` bool[blocks]: the
-    requests that hold each block, and whether it is cached and nobody does; both begin at 0."""
-    at = 0
-    for n in range(kind.size):
-        what = kind[n]
-        while at < starts.size and starts[at] < time_ns[n]:
+    requests that hold each block, and whether it is cached and nobody does. `at`: the place of the
+    step that the event before belongs to; that of the last one is returned."""
+    for n in range(kinds.size):
+        what = kinds[n]
+        while at < starts.size and starts[at] < event_ns[n]:
             at += 1
-        while at > 0 and starts[at - 1] >= time_ns[n]:
+        while at > 0 and starts[at - 1] >= event_ns[n]:
             at -= 1
         if what == RESET:
             for one in range(idles.size):
                 idle[at] -= idles[one]
                 idles[one] = False
             continue
-        if block[n] < 0 or what > EVICT or (what == FILL and not identified[n]):
+        identified = events[E_IDENTITY, n] >= 0
+        if events[E_BLOCK, n] < 0 or what > EVICT or (what == FILL and not identified):
             continue
-        here = np.intp(block[n])
+        here = np.intp(np.uint32(events[E_BLOCK, n]))
         holders[here] += CHANGE[what]
         held[at] += CHANGE[what]
-        now = CACHED[what] and identified[n] and holders[here] <= 0
+        now = CACHED[what] and identified and holders[here] <= 0
         idle[at] += np.int64(now) - np.int64(idles[here])
         idles[here] = now
+    return at
 
 
 def _computed(trace: Any, mine: pl.Expr, starts: pl.DataFrame) -> list[tuple[Any, Any]]:
@@ -124,6 +130,10 @@ def _computed(trace: Any, mine: pl.Expr, starts: pl.DataFrame) -> list[tuple[Any
             lost.select(
                 "request", "step", is_span=pl.lit(0), before=pl.lit(0, pl.Int32), time_ns="time_ns",
                 computed=pl.lit(0, pl.Int64),
+            ),
+            frame("carried_requests", trace).filter(mine).select(
+                "request", step=pl.lit(-1, pl.Int32), is_span=pl.lit(1), before="computed_tokens",
+                time_ns=pl.lit(BEFORE, pl.Int64), computed=pl.col("computed_tokens").cast(pl.Int64),
             ),
         ]
     ).sort("request", "step", "is_span", maintain_order=True)  # fmt: skip

@@ -4,13 +4,25 @@ The engine finds at most the full blocks before the last token (vLLM 0.32.0, `KV
 the tokens behind them are *short*: too few for a block, or the one that must be computed. Of the others, those that
 the request had computed before it was preempted are due to the *preemption*; those whose block some request had
 filled in an earlier step are due to *capacity* (they were cached, and are not any more, or lie behind a block that is
-not); the rest is *cold*.
+not); the rest is *cold*. A cut tells what was cached where it begins, and what preemptions had cost until then; of what
+was evicted before nothing is known, and it counts as cold.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import polars as pl
+
 from kvtrace.views.declare import View
 from kvtrace_traces.schema import TABLES, Column
+
+
+def _fast(trace: Any) -> pl.DataFrame:
+    from kvtrace.views.fast_misses import misses  # brings Numba
+
+    return misses(trace)
+
 
 VIEW = View(
     "misses",
@@ -23,11 +35,22 @@ VIEW = View(
         Column("short_tokens", "i64", "tokens", "behind the last block that could be found"),
         Column("unread_tokens", "i64", "tokens", "not looked for: the request asked not to read the cache"),
     ),
-    ("lookups", "logged_preemptions", "requests", "engines", "request_blocks", "block_events"),
+    (
+        "lookups",
+        "logged_preemptions",
+        "requests",
+        "engines",
+        "request_blocks",
+        "block_events",
+        "carried_requests",
+        "carried_blocks",
+    ),
     """
 WITH lost AS (
   SELECT {key}, request, step, max(tokens_lost) OVER (PARTITION BY {key}, request ORDER BY n) AS highest
-  FROM (SELECT row_number() OVER () AS n, * FROM logged_preemptions)),
+  FROM (
+    SELECT row_number() OVER () AS n, {key}, request, step, tokens_lost FROM logged_preemptions
+    UNION ALL SELECT 0, {key}, request, -1, tokens_lost FROM carried_requests WHERE tokens_lost > 0)),
 asked AS (
   SELECT {key}, row_number() OVER () AS n, step, request, tokens_asked, tokens_hit, after_preemption FROM lookups),
 told AS (
@@ -38,8 +61,10 @@ known AS (
   FROM told JOIN (SELECT {key}, request, no_cache_read FROM requests) USING ({key}, request)
   JOIN (SELECT {key}, block_size FROM engines) USING ({key})),
 filled AS (
-  SELECT {key}, identity, min(step) AS fill_step FROM block_events
-  WHERE kind = 'fill' AND identity IS NOT NULL GROUP BY {key}, identity),
+  SELECT {key}, identity, min(step) AS fill_step
+  FROM (SELECT {key}, identity, step FROM block_events WHERE kind = 'fill'
+        UNION ALL SELECT {key}, identity, -1 FROM carried_blocks)
+  WHERE identity IS NOT NULL GROUP BY {key}, identity),
 missed AS MATERIALIZED (  -- else engines are joined with engines, and millions of rows with millions
   SELECT {key}, n, step, identity,
          (position + 1) * block_size - greatest(position * block_size, tokens_hit, highest) AS tokens
@@ -62,4 +87,5 @@ SELECT {key}, step, request, tokens_asked, tokens_hit, after_preemption,
        capacity_tokens, preemption_tokens, short_tokens, unread_tokens
 FROM split
 """,
+    fast=_fast,
 )

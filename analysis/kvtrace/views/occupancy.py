@@ -22,6 +22,8 @@ def _fast(trace: Any) -> pl.DataFrame:
     return occupancy(trace)
 
 
+_BEFORE = f"({-(2**62)})::BIGINT"  # ns: where a cut begins
+
 VIEW = View(
     "occupancy",
     "one row per step of an engine whose cache is of known size; used, cached_idle and free add up to it",
@@ -37,10 +39,16 @@ VIEW = View(
                "the step; null where the tracer could not follow the engine exactly", True),
         Column("wasted_slots", "i64", "tokens", "the other token slots of used blocks; null as above", True),
     ),
-    ("block_events", "steps", "step_spans", "logged_preemptions", "requests", "engines"),
+    (
+        "block_events", "steps", "step_spans", "logged_preemptions", "requests", "engines", "carried_requests",
+        "carried_blocks",
+    ),
     f"""
 WITH {EVENTS},
 blocks AS (
+  SELECT {{key}}, block, 0 AS n, {_BEFORE} AS time_ns, holders AS change, identity IS NOT NULL AS cached
+  FROM carried_blocks
+  UNION ALL
   SELECT {{key}}, block, n, time_ns,
          CASE kind WHEN 'allocate' THEN 1 WHEN 'hit' THEN 1 WHEN 'free' THEN -1 ELSE 0 END AS change,
          kind IN ('fill', 'hit', 'free') AND identity IS NOT NULL AS cached
@@ -49,7 +57,8 @@ blocks AS (
   UNION ALL  -- a reset is told once, and concerns all blocks
   SELECT {{key}}, b.block, r.n, r.time_ns, 0, false
   FROM (SELECT * FROM events WHERE kind = 'reset') r
-  JOIN (SELECT DISTINCT {{key}}, block FROM events WHERE block IS NOT NULL) b USING ({{key}})),
+  JOIN (SELECT {{key}}, block FROM events WHERE block IS NOT NULL
+        UNION SELECT {{key}}, block FROM carried_blocks) b USING ({{key}})),
 held AS (
   SELECT *, cached AND 0 >= sum(change) OVER (
            PARTITION BY {{key}}, block ORDER BY n ROWS UNBOUNDED PRECEDING) AS idle
@@ -63,7 +72,9 @@ acts AS (
          computed_before + steps * tokens AS computed
   FROM step_spans JOIN (SELECT {{key}}, step AS first_step, start_ns FROM steps) USING ({{key}}, first_step)
   UNION ALL
-  SELECT {{key}}, request, step, 0, 0, time_ns, 0 FROM logged_preemptions),
+  SELECT {{key}}, request, step, 0, 0, time_ns, 0 FROM logged_preemptions
+  UNION ALL
+  SELECT {{key}}, request, -1, 1, computed_tokens, {_BEFORE}, computed_tokens FROM carried_requests),
 chained AS (
   SELECT *, coalesce(lag(computed) OVER (PARTITION BY {{key}}, request ORDER BY step, is_span), 0) AS computed_until
   FROM acts),

@@ -6,8 +6,19 @@ node of the tree, and the lowest of those requests together with their number te
 
 from __future__ import annotations
 
+from typing import Any
+
+import polars as pl
+
 from kvtrace.views.declare import ENGINE, View
 from kvtrace_traces.schema import Column
+
+
+def _fast(trace: Any) -> pl.DataFrame | None:
+    from kvtrace.views.fast_chains import prefixes  # brings Numba
+
+    return prefixes(trace)
+
 
 VIEW = View(
     "prefixes",
@@ -39,4 +50,5 @@ JOIN engines USING ({key})
 LEFT JOIN (SELECT {key}, request AS first_request, position + 1 AS depth, identity AS parent FROM request_blocks)
   USING ({key}, first_request, depth)
 """,
+    fast=_fast,
 )

@@ -6,8 +6,19 @@ i-th; the block at a place is read from the first step on whose end lies behind 
 
 from __future__ import annotations
 
+from typing import Any
+
+import polars as pl
+
 from kvtrace.views.declare import ENGINE, REQUEST, View, column
 from kvtrace_traces.schema import Column
+
+
+def _fast(trace: Any) -> pl.DataFrame | None:
+    from kvtrace.views.fast_reads import read_spans  # brings Numba
+
+    return read_spans(trace)
+
 
 VIEW = View(
     "read_spans",
@@ -37,4 +48,5 @@ SELECT {key}, request, "group", position, block, first_step::INTEGER AS first_st
        (computed_before + (first_step - span_step) * tokens)::INTEGER AS computed_before
 FROM pairs WHERE first_step <= last_step
 """,
+    fast=_fast,
 )

@@ -7,8 +7,19 @@ last block included. The same rows as a `kvtrace_replay.Workload` at the trace's
 
 from __future__ import annotations
 
+from typing import Any
+
+import polars as pl
+
 from kvtrace.views.declare import ENGINE, IDENTITY, REQUEST, View
 from kvtrace_traces.schema import Column
+
+
+def _fast(trace: Any) -> pl.DataFrame:
+    from kvtrace.views.fast_chains import request_blocks  # brings Numba
+
+    return request_blocks(trace)
+
 
 VIEW = View(
     "request_blocks",
@@ -39,4 +50,5 @@ FROM entries
 WHERE ((granule + 1) % stride = 0 OR (imported AND granule = chain_granules - 1))
   AND (full_blocks IS NULL OR granule // stride < full_blocks)
 """,
+    fast=_fast,
 )

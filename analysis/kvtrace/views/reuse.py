@@ -6,6 +6,8 @@ which they were first admitted, imports in the order of the file. Distances come
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import polars as pl
 
@@ -27,12 +29,19 @@ def _distances(uses: pl.DataFrame) -> pl.DataFrame:
         parts.append(
             engine.select(
                 *keys, "request", "position", "identity", "time_ns",
+                nth_use=pl.col("identity").cum_count().over("identity").cast(pl.Int32),
                 previous_request=pl.when(known).then(engine["request"].gather(before)),
                 distance_blocks=pl.when(known).then(pl.Series(distance)),
                 reuse_ns=pl.when(known).then(pl.col("time_ns") - engine["time_ns"].gather(before)),
             )
         )  # fmt: skip
     return pl.concat(parts)
+
+
+def _fast(trace: Any) -> pl.DataFrame:
+    from kvtrace.views.fast_chains import reuse  # brings Numba
+
+    return reuse(trace)
 
 
 VIEW = View(
@@ -44,6 +53,7 @@ VIEW = View(
         Column("position", "i32", "blocks", "0-based place of the block in the request"),
         IDENTITY,
         Column("time_ns", "i64", "ns", "when the request's first step began; imports: its arrival, if known", True),
+        Column("nth_use", "i32", "times", "how often the block has been used up to here, this use included"),
         Column("previous_request", "i32", "request", "the one that used the block before; null for a first use", True),
         Column("distance_blocks", "i32", "blocks", "distinct other blocks used since", True),
         Column("reuse_ns", "i64", "ns", "time since", True),
@@ -68,4 +78,5 @@ FROM request_blocks JOIN used USING ({key}, request)
 ORDER BY {key}, coalesce(first_step, 0), nth NULLS LAST, request, position
 """,
     _distances,
+    _fast,
 )

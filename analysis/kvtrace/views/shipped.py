@@ -44,5 +44,8 @@ def write(trace: Any, folder: Path) -> None:
     database = Database([trace])
     for view in views().values():
         if view.make is not None:
-            write_pieces(slices(database.query(f"FROM {view.name}")), folder / f"{view.name}.parquet")
+            rows = view.fast(trace) if view.fast is not None else None
+            if rows is None:
+                rows = database.query(f"FROM {view.name}")
+            write_pieces(slices(rows), folder / f"{view.name}.parquet")
     (folder / NAME).write_text(script())

@@ -27,6 +27,7 @@ def at_rate(source: Recorded, rate: str | float, seed: int = 0) -> Recorded:
     """
     match = _FORM.fullmatch(str(rate).strip())
     number = float(match[2]) if match else 0.0
+    begun = 0 if source.start is None else source.start.n_requests  # they are there already
     if match is None or number <= 0 or (match[1] and match[3]):
         raise UsageError(f"--rate {rate}: write x2 (twice as fast as recorded), or 8 (requests a second, Poisson)")
     if match[1]:
@@ -34,21 +35,24 @@ def at_rate(source: Recorded, rate: str | float, seed: int = 0) -> Recorded:
             raise UsageError(f"--rate {rate}: the requests have no times, or all one; give a rate such as 8/s")
         due = source.due_ns / number
     else:
+        coming = source.n_requests - begun
         due = np.concatenate(
-            [[0.0], np.cumsum(np.random.default_rng(seed).exponential(1e9 / number, max(source.n_requests - 1, 0)))]
-        )
-        due = _in_order(source, due)
+            [[0.0], np.cumsum(np.random.default_rng(seed).exponential(1e9 / number, max(coming - 1, 0)))]
+        )[:coming]
+        due = np.concatenate([np.zeros(begun), _in_order(source.due_ns[begun:], due)])
     if due.max(initial=0) >= LONGEST_NS:
         raise UsageError(
             f"--rate {rate}: the last request would come after {due.max() / 1e9:.3g} s; give a higher rate"
         )
     whole = np.round(due).astype(np.int64)
     # Priorities break ties by the front end's time.
-    return replace(source, due_ns=whole, arrival_s=float(source.arrival_s.min(initial=np.inf)) + whole / 1e9)
+    arrival_s = float(source.arrival_s[begun:].min(initial=np.inf)) + whole / 1e9
+    arrival_s[:begun] = source.arrival_s[:begun]
+    return replace(source, due_ns=whole, arrival_s=arrival_s)
 
 
-def _in_order(source: Recorded, due: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _in_order(due_ns: I64, due: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """The nth of the sorted times to the nth request that came."""
     out = np.empty_like(due)
-    out[np.argsort(source.due_ns, kind="stable")] = due
+    out[np.argsort(due_ns, kind="stable")] = due
     return out

@@ -26,17 +26,20 @@ DEFAULTS: dict[str, Any] = {
 UNSET = 0  # the number of blocks of an engine that nobody ran
 
 
-def requests_reaching(trace: Any, engine_index: int | None, arrivals: str, shares: bool = True) -> Recorded:
+def requests_reaching(
+    trace: Any, engine_index: int | None, arrivals: str, shares: bool = True, carried: bool = False
+) -> Recorded:
     """What reaches one engine (default: the first) of a recorded trace or an import.
 
     Args:
         arrivals: a name of `recorded.ARRIVALS`. shares: whether blocks of requests can be one; else lengths suffice.
+        carried: as of `recorded`.
 
     Raises UsageError where requests are to arrive at steps, or at times, that the trace does not have.
     """
     header = next((h for h in trace.engines if engine_index is None or h["engine_index"] == engine_index), None)
     if header is None or header.get("source") != "import":
-        return recorded(trace, engine_index)
+        return recorded(trace, engine_index, carried)
     if arrivals == "step":
         raise UsageError(f"--arrivals step: {trace.path} is an import and has no steps; choose all or time")
     return recorded_import(trace, header, shares, arrivals == "time")

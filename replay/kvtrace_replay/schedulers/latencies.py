@@ -47,14 +47,19 @@ def weighted_quantile(values: F64, weights: I64, share: float) -> float | None:
     return float(values[order][min(at, len(values) - 1)])
 
 
-def summary(times: I64, gaps: I64, duration_ns: int, prompt_tokens: int, output_tokens: I64) -> dict[str, Any]:
+def summary(
+    times: I64, gaps: I64, duration_ns: int, prompt_tokens: int, output_tokens: I64, begin_ns: int | None = None
+) -> dict[str, Any]:
     """The columns of SUMMARY.
 
     times, output_tokens: as `request_times` takes them. gaps: int64[m, 2], (ns between two tokens of a request, how
-    many such pairs). duration_ns: from the first arrival to the last output. prompt_tokens: of all requests that ended.
+    many such pairs). duration_ns: when the last output arrived. prompt_tokens: of all requests that ended. begin_ns:
+    when the time counted begins, by default with the first arrival.
     """
     told = request_times(times, output_tokens)
-    begin = int(times[:, ARRIVED][times[:, ARRIVED] >= 0].min(initial=duration_ns))
+    begin = begin_ns
+    if begin is None:
+        begin = int(times[:, ARRIVED][times[:, ARRIVED] >= 0].min(initial=duration_ns))
     seconds = (duration_ns - begin) / 1e9
     row: dict[str, Any] = dict.fromkeys(SUMMARY)
     row["duration_s"] = seconds

@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kvtrace_replay.schedulers.carried import Start
 from kvtrace_replay.schedulers.recorded import Recorded
 from kvtrace_replay.schedulers.settings import Settings
 from kvtrace_replay.schedulers.vllm_v1.run import Run, run_in_pieces
 from kvtrace_traces import wire
+from kvtrace_traces.cut.operations import extended, in_commits, kept_words, live_words, queue_words, words_of
 from kvtrace_traces.errors import KvtraceError, UsageError
 from kvtrace_traces.schema import EXT_OPS, OPS, REQUEST_NO_READ
+from kvtrace_traces.snapshot import Live
 from kvtrace_traces.writer import write_file
 
 U32 = npt.NDArray[np.uint32]
@@ -61,6 +64,37 @@ def arrival_words(recorded: Recorded) -> tuple[U32, I64]:
     words[place] = (hashes & np.uint64(0xFFFFFFFF)).astype(np.uint32)
     words[place + 1] = (hashes >> np.uint64(32)).astype(np.uint32)
     return words, at
+
+
+def begin_words(recorded: Recorded, settings: Settings, arriving: tuple[U32, I64]) -> list[U32]:
+    """What a log begins with, in parts of a commit each: KEY, and what a run under way is taken up with.
+
+    Raises UsageError where that cannot be at these settings.
+    """
+    key = np.zeros(11, np.uint32)
+    key[0] = OPS["KEY"].code
+    if recorded.start is None:
+        return [key]
+    start = recorded.start.at(settings)
+    key[7], key[8], key[9] = start.running.size, start.waiting.size, start.due
+    words, at = arriving
+    parts = [key, *(words[at[request] : at[request + 1]] for request in range(start.n_requests))]
+    parts.append(extended("START", words_of(start.preempted, start.empty)))
+    parts += live_words(_live(start, request) for request in [*start.running.tolist(), *start.waiting.tolist()])
+    known = np.append(recorded.hashes, np.uint64(0))  # the last for parents that are none
+    parts += kept_words(start.blocks, known[start.identities], known[start.parents])
+    parts += queue_words(start.queue)
+    return list(in_commits(parts))
+
+
+def _live(start: Start, request: int) -> Live:
+    table = start.blocks_of(request).tolist()
+    cached = int(start.cached[request])
+    return Live(
+        request, bool(table), bool(start.scheduled[request]), bool(start.begun[request]), int(start.computed[request]),
+        None if cached < 0 else cached, int(start.preemptions[request]), int(start.filled[request]), table,
+        int(start.tokens[request]), int(start.under_way[request]), bool(start.gives[request]), int(start.lost[request]),
+    )  # fmt: skip
 
 
 def simulated_header(
@@ -119,14 +153,15 @@ def write_run(
     """
     commits = 0
     runs: list[Run] = []
+    arriving = arrival_words(recorded)
+    begin = begin_words(recorded, settings, arriving)
 
     def bodies() -> Iterator[tuple[int, bytes]]:
         nonlocal commits
-        key = np.zeros(11, np.uint32)
-        key[0] = OPS["KEY"].code
-        commits = 1
-        yield wire.KEY, key.tobytes()
-        pieces = run_in_pieces(recorded, settings, arrivals=arrivals, arrival_words=arrival_words(recorded), **options)
+        for words in begin:
+            commits += 1
+            yield wire.KEY if commits == 1 else 0, words.tobytes()
+        pieces = run_in_pieces(recorded, settings, arrivals=arrivals, arrival_words=arriving, **options)
         while True:
             try:
                 words = next(pieces)

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from kvtrace_replay.schedulers.carried import Start, carried_start
 from kvtrace_traces.errors import KvtraceError, UsageError
 from kvtrace_traces.schema import FINISH_REASONS
 
@@ -47,6 +48,7 @@ class Recorded:
         chain, chain_at: int32 identities at the granule, dense, and int64[n + 1] where each request's begin.
         hashes: uint64[identities], what stands in the log for each.
         steps: recorded steps; unfinished: requests whose end the trace does not have; resets: resets of the cache.
+        start: the run under way that a cut begins with, None for an engine that begins idle.
     """
 
     header: dict[str, Any]
@@ -72,6 +74,7 @@ class Recorded:
     steps: int
     unfinished: int
     resets: int
+    start: Start | None = None
 
     @property
     def n_requests(self) -> int:
@@ -120,14 +123,17 @@ class Recorded:
         return queue, victims
 
     def arrivals(self, how: str) -> I64:
-        """int64[n, 3]: (due, request, whether late); when each arrives, in order. See ARRIVALS."""
+        """int64[n, 3]: (due, request, whether late); when each arrives, in order. See ARRIVALS. Requests that are under
+        way at the begin come first."""
         if how not in ARRIVALS:
             raise UsageError(f"--arrivals {how} is none of {', '.join(ARRIVALS)}")
         steps = self.arrival_step.astype(np.int64)
         due = {"step": steps, "time": self.due_ns}.get(how, np.zeros(self.n_requests, np.int64))
         late = self.arrival_late if how == "step" else np.zeros(self.n_requests, bool)
         rows = np.stack([due, np.arange(self.n_requests), late], axis=1).astype(np.int64)
-        return np.ascontiguousarray(rows[np.argsort(due, kind="stable")])
+        begun = 0 if self.start is None else self.start.n_requests
+        rows[begun:] = rows[begun:][np.argsort(due[begun:], kind="stable")]
+        return np.ascontiguousarray(rows)
 
     def aborts(self, how: str = "step") -> I64:
         """int64[m, 3]: (due, whether late, request); when each is aborted, in order. By "time" each is aborted so long
@@ -143,8 +149,10 @@ class Recorded:
         return np.ascontiguousarray(rows[np.lexsort((self.abort_ns[aborted], late, due))])
 
 
-def recorded(trace: Any, engine_index: int | None = None) -> Recorded:
+def recorded(trace: Any, engine_index: int | None = None, carried: bool = False) -> Recorded:
     """What reached engine `engine_index` (default: the first) of `trace` (`kvtrace_traces` Trace).
+
+    `carried`: whether the caller can take up the run under way that a cut begins with (`Recorded.start`).
 
     Raises KvtraceError for a trace without steps or chains (an import has no scheduler), and for one that is marked
     inexact, by the name of the reason.
@@ -154,7 +162,7 @@ def recorded(trace: Any, engine_index: int | None = None) -> Recorded:
         known = ", ".join(str(h["engine_index"]) for h in trace.engines)
         raise UsageError(f"the trace has no engine {engine_index}: choose from {known}")
     index = header["engine_index"]
-    _refuse(trace, header)
+    _refuse(trace, header, carried)
     requests = trace.requests.filter(pl.col("engine_index") == index).sort("request")
     steps = trace.steps.filter(pl.col("engine_index") == index)
     if not steps.height or not requests.height:
@@ -172,7 +180,14 @@ def recorded(trace: Any, engine_index: int | None = None) -> Recorded:
     ends = steps["end_ns"].cast(pl.Int64).fill_null(np.iinfo(np.int64).max).to_numpy()
     behind = 1 if header["scheduler"].get("async_scheduling") else 0
     of = np.clip(numbers["finish_step"] - behind, 0, len(ends) - 1)
-    before = numbers["finish_ns"] < int(steps["start_ns"][0])
+    first_ns = int(steps["start_ns"][0])
+    before = numbers["finish_ns"] < first_ns
+    start = carried_start(trace, header, first_ns) if carried else None
+    waited, due_ns = ends[of], since_first(requests, header)
+    if start is not None:
+        due_ns = since_begin(requests, due_ns, first_ns, start.n_requests)
+        if start.due:
+            waited = np.where(numbers["finish_step"] < behind, first_ns + start.due_ns, waited)
     abort_step = np.where(aborted, np.where(before, -1, numbers["finish_step"]), -2)
     events = trace.block_events
     return Recorded(
@@ -190,10 +205,10 @@ def recorded(trace: Any, engine_index: int | None = None) -> Recorded:
         & (numbers["arrival_step"] > 0)
         & (numbers["arrival_ns"] >= ends[np.clip(numbers["arrival_step"] - 1, 0, len(ends) - 1)]),
         abort_step=abort_step.astype(np.int32),
-        abort_early=aborted & (numbers["finish_ns"] < ends[of]),
+        abort_early=aborted & (numbers["finish_ns"] < waited),
         abort_ns=numbers["finish_ns"],
         arrival_ns=numbers["arrival_ns"],
-        due_ns=since_first(requests, header),
+        due_ns=due_ns,
         tenant=requests["tenant"].to_numpy(),
         chain=np.ascontiguousarray(chains.identities, np.int32),
         chain_at=np.ascontiguousarray(chains.indptr, np.int64),
@@ -201,6 +216,7 @@ def recorded(trace: Any, engine_index: int | None = None) -> Recorded:
         steps=steps.height,
         unfinished=int((~finished).sum()),
         resets=events.filter((pl.col("engine_index") == index) & (pl.col("kind") == "reset")).height,
+        start=start,
     )
 
 
@@ -214,6 +230,16 @@ def since_first(requests: pl.DataFrame, header: dict[str, Any]) -> I64:
         return np.asarray(np.round((times - times.min()) * 1e9), np.int64)
     own = requests["arrival_ns"].cast(pl.Int64).fill_null(0).to_numpy()
     return np.asarray(own - own.min(initial=int(own[0]) if own.size else 0), np.int64)
+
+
+def since_begin(requests: pl.DataFrame, due_ns: I64, begin_ns: int, carried: int) -> I64:
+    """int64: `due_ns`, in ns since the first call of a cut, 0 for the `carried` first requests. Times of the front end
+    are set as late as the scheduler's own allow."""
+    own = requests["arrival_ns"].cast(pl.Int64).fill_null(0).to_numpy()
+    later = (own - due_ns)[carried:]
+    due = np.maximum(due_ns + int(later.min(initial=2**62)) - begin_ns, 0) if later.size else np.zeros_like(due_ns)
+    due[:carried] = 0
+    return np.asarray(due, np.int64)
 
 
 def _columns(requests: pl.DataFrame) -> dict[str, Any]:
@@ -236,12 +262,18 @@ def _columns(requests: pl.DataFrame) -> dict[str, Any]:
     }
 
 
-def _refuse(trace: Any, header: dict[str, Any]) -> None:
+def _refuse(trace: Any, header: dict[str, Any], carried: bool) -> None:
     if header.get("source") == "import" or not isinstance(header.get("scheduler"), dict):
         raise KvtraceError(
             f"{trace.path} was imported: it has no scheduler steps to run again; `kvtrace replay` takes it"
         )
-    names = [name for name in header.get("inexact", ()) if name != "untested-engine"]
+    taken = ("untested-engine", "carried-state") if carried else ("untested-engine",)
+    names = [name for name in header.get("inexact", ()) if name not in taken]
+    if names == ["carried-state"]:
+        raise KvtraceError(
+            f"{trace.path} begins with a run under way, which this engine, or a tier of host memory, does not take up: "
+            "simulate the trace that it was cut from"
+        )
     if names:
         raise KvtraceError(
             f"{trace.path} is marked inexact ({', '.join(names)}), so its scheduler cannot be run again exactly; "

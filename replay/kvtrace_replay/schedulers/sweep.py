@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
+
 from kvtrace_replay.capacity import parse_amount
 from kvtrace_replay.cores import cores
 from kvtrace_replay.policies.registry import find_policy
@@ -18,7 +20,7 @@ from kvtrace_replay.schedulers.imported import imported_settings, needs_blocks, 
 from kvtrace_replay.schedulers.latencies import SUMMARY, summary
 from kvtrace_replay.schedulers.recorded import Recorded
 from kvtrace_replay.schedulers.settings import NATIVE, POLICIES, VARIABLE, Settings, own_settings
-from kvtrace_replay.schedulers.vllm_v1.offload.run import Offload, OffloadRun, simulate_offload, tier_blocks
+from kvtrace_replay.schedulers.vllm_v1.offload.run import OffloadRun
 from kvtrace_replay.schedulers.vllm_v1.run import Run, compile_for, simulate_run
 from kvtrace_replay.timing.profile import Profile
 from kvtrace_traces.errors import UsageError
@@ -66,7 +68,9 @@ WHY = {
     "pipeline-parallel": "pipeline parallelism schedules more batches ahead than are simulated",
     "policy": "no engine has this eviction policy to be compared with",
     "victim": "no engine chooses whom it preempts by this rule",
-    "transfer-time": "how many steps a copy to or from host memory takes is a matter of the clock; here none",
+    "transfer-time": "how many steps a copy takes is a matter of the clock; here its end is heard of in its own call",
+    "carried-state": "the trace begins with a run under way at its own settings, which no engine takes over to others",
+    "untold-state": "the cut does not tell all of the state that it begins with",
     "lossy": "a part of the log is missing",
     "timing-model": "a model of what steps cost decides which requests meet; an engine takes a little more or less",
     "no-engine": "the requests are of an import, which no engine served: vLLM 0.32's rules and unknown outputs",
@@ -83,7 +87,6 @@ def simulate(
     timing: Profile | None = None,
     rate: str | float | None = None,
     seed: int = 0,
-    tier: HostTier | None = None,
     step_rows: bool = False,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -97,7 +100,6 @@ def simulate(
         engine: the scheduler's model, one of ENGINES.
         arrivals: a name of `recorded.ARRIVALS`.
         timing: what steps cost; without, nothing is timed. rate, seed: as `arrivals.at_rate` takes them, for "time".
-        tier: with vLLM's offloading connector, which copies blocks to host memory; such runs have no times.
         threads: runs at a time; default one per core.
         progress: called with (cells done, cells in all).
 
@@ -107,7 +109,7 @@ def simulate(
     """
     if engine not in ENGINES:
         raise UsageError(f"--engine {engine} is none of {', '.join(ENGINES)}")
-    source = requests_reaching(trace, engine_index, arrivals)
+    source = requests_reaching(trace, engine_index, arrivals, carried=True)
     own = imported_settings(source) if source.header.get("source") == "import" else own_settings(source.header)
     source.arrivals(arrivals)  # complains before anything runs
     if rate is not None:
@@ -118,27 +120,20 @@ def simulate(
     for asked, _ in cells:
         needs_blocks(asked)
 
-    if tier is None:
-        for chosen in {chosen.policy: chosen for _, chosen in cells if isinstance(chosen, Settings)}.values():
-            compile_for(source, chosen)
+    for chosen in {chosen.policy: chosen for _, chosen in cells if isinstance(chosen, Settings)}.values():
+        compile_for(source, chosen)
 
-    def one(chosen: Settings | str) -> tuple[Run | OffloadRun | None, str | None]:
+    def one(chosen: Settings | str) -> tuple[Run | None, str | None]:
         if isinstance(chosen, str):
             return None, chosen
-        if tier is not None:
-            try:
-                offload = Offload(blocks=tier_blocks(tier.room, source, chosen.block_size), policy=tier.policy)
-                return simulate_offload(source, chosen, offload, arrivals=arrivals), None
-            except UsageError as error:
-                return None, str(error)
         costs = None if timing is None else timing.step_costs(chosen.block_size)
         try:
             return simulate_run(source, chosen, arrivals=arrivals, costs=costs, step_rows=step_rows), None
         except UsageError as error:
             return None, str(error)
 
-    done: list[tuple[Run | OffloadRun | None, str | None]] = []
-    with ThreadPoolExecutor(1 if tier else min(threads or cores(), len(cells))) as pool:  # a tier's compiles first
+    done: list[tuple[Run | None, str | None]] = []
+    with ThreadPoolExecutor(min(threads or cores(), len(cells))) as pool:
         for result in pool.map(one, [chosen for _, chosen in cells]):
             done.append(result)
             if progress:
@@ -155,7 +150,6 @@ def simulate(
             why_not_exact(trace, source, asked, own, arrivals, run),
             engine,
             None if rate is None else str(rate),
-            tier,
         )
         for (asked, _), (run, failed) in zip(cells, done, strict=True)
     ]
@@ -244,6 +238,8 @@ def why_not_exact(
         "pipeline-parallel": (parallel.get("pipeline") or 1) > 1,
         "policy": settings.policy != NATIVE,
         "victim": settings.victim != NATIVE,
+        "carried-state": source.start is not None and (settings != own or settings.policy != NATIVE),
+        "untold-state": source.start is not None and source.start.untold(own),
         "lossy": bool(trace.lossy),
     }
     return tuple(name for name in WHY if holds[name])
@@ -318,8 +314,13 @@ def _times(cell: Cell) -> dict[str, Any]:
     run = cell.run
     if not isinstance(run, Run) or run.clock is None:
         return dict.fromkeys(SUMMARY)
-    prompt = cell.recorded.prompt
-    return summary(run.clock.times, run.clock.gaps, run.clock.duration_ns, int(prompt.sum()), run.tokens - prompt)
+    prompt, start = cell.recorded.prompt, cell.recorded.start
+    known, to_compute = prompt.copy(), prompt.copy()
+    if start is not None:  # what a request had before the trace began is no work of this run
+        known[: start.n_requests] = np.maximum(start.tokens, known[: start.n_requests])
+        to_compute[: start.n_requests] = np.maximum(to_compute[: start.n_requests] - start.computed, 0)
+    clock, begin = run.clock, None if start is None else 0
+    return summary(clock.times, clock.gaps, clock.duration_ns, int(to_compute.sum()), run.tokens - known, begin)
 
 
 def _listed(value: Any) -> list[Any]:

@@ -46,3 +46,31 @@ class StepCosts:
         if not np.isfinite(values).all() or (values < 0).any() or self.call < 1:
             raise UsageError("costs of a step must be finite and not negative, and a call takes at least 1 ns")
         return values
+
+
+#: The longest that a block may take over the link, ns: an hour, so that a run's clock stays within its int64.
+LONGEST_BLOCK_NS = 3600 * 10**9
+
+
+@dataclass(frozen=True)
+class TransferCosts:
+    """What a transfer of blocks between host and device takes beside the steps, in nanoseconds: once, and for each
+    block; `out`: to the host, `in_`: from it."""
+
+    out: float
+    block_out: float
+    in_: float
+    block_in: float
+
+    def array(self) -> F64:
+        """float64[4]: out, block_out, in_, block_in. Raises UsageError for a cost that is negative, not finite, or so
+        high that no clock holds it."""
+        values = np.array([self.out, self.block_out, self.in_, self.block_in], np.float64)
+        if not np.isfinite(values).all() or (values < 0).any():
+            raise UsageError("costs of a transfer must be finite and not negative: give the link a bandwidth above 0")
+        if (values > LONGEST_BLOCK_NS).any():
+            raise UsageError(
+                f"a block takes {values.max() / 1e9:.3g} s over the link, more than the hour that is simulated: give "
+                "the link a higher bandwidth"
+            )
+        return values

@@ -10,8 +10,9 @@ MEMORIES = ("pinned", "pageable")
 #: on the device, and move as one.
 LAYOUTS = ("scattered", "gathered")
 #: How an engine moves blocks. vLLM 0.4.x (`CacheEngine.swap_in`, `ops.swap_blocks`): a copy for each block, layer and
-#: tensor, keys and values; newer offload connectors gather.
-COPIES = {"per-block-layer-tensor": "scattered", "gathered": "gathered"}
+#: tensor, keys and values; vLLM's OffloadingConnector (`SingleDirectionOffloadingHandler`, 0.32.0): a copy for each
+#: block and layer, whose keys and values lie together; others gather.
+COPIES = {"per-block-layer-tensor": "scattered", "gathered": "gathered", "per-block-layer": "scattered"}
 
 
 @dataclass(frozen=True)

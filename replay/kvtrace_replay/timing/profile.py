@@ -6,7 +6,7 @@ import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvtrace_replay.timing.costs import StepCosts
+from kvtrace_replay.timing.costs import StepCosts, TransferCosts
 from kvtrace_replay.timing.fit import FitError
 from kvtrace_replay.timing.link import COPIES, DIRECTIONS, LAYOUTS, LinkCost, way
 from kvtrace_traces.errors import KvtraceError, UsageError
@@ -128,6 +128,20 @@ class Profile:
         costs = {**self.costs, "call": max(self.costs["call"], 1.0)}
         return StepCosts(**costs, **moves, overlap=overlap)
 
+    def transfer_costs(
+        self, block_size: int, *, copies: str = "per-block-layer", pinned: bool | None = None
+    ) -> TransferCosts:
+        """The costs of moving blocks of `block_size` tokens beside the steps; `copies` and `pinned` as in `step_costs`.
+
+        Raises KvtraceError where the profile does not know its link, or the bytes of a token.
+        """
+        self.needs_link()
+        size, pieces = self._block(block_size, copies)
+        out, into = (self.way(direction, pinned, COPIES[copies]) for direction in ("d2h", "h2d"))
+        return TransferCosts(
+            out.ns(0, 0), out.ns(size, pieces, transfers=0), into.ns(0, 0), into.ns(size, pieces, transfers=0)
+        )
+
     def recompute_ns(self, tokens: int, context: int = 0, calls: int = 1) -> float:
         """How long the prefill of `tokens` tokens takes after `context` others, in `calls` steps of its own (0: as a
         part of steps that happen anyway)."""
@@ -162,8 +176,8 @@ class Profile:
         """Raises KvtraceError where the profile does not know what moving blocks costs."""
         if not self.link:
             raise KvtraceError(
-                f"the profile {self.name!r} does not know what moving blocks costs (a trace does not tell): calibrate "
-                "with --link GPU, or name a profile of a device or GPU:MODEL"
+                f"the profile {self.name!r} does not know what moving blocks costs (a trace does not tell): simulate "
+                "or calibrate with --link GPU (or a profile, or 25GB/s), or name a profile of a device or GPU:MODEL"
             )
 
     def way(self, direction: str, pinned: bool | None, layout: str) -> LinkCost:
@@ -190,7 +204,8 @@ class Profile:
         """Bytes of a block and its copies; 0 where blocks are gathered."""
         if copies not in COPIES:
             raise UsageError(f"copies {copies!r} is none of {', '.join(COPIES)}")
-        return self.block_bytes(block_size), self.model.copies_per_block if COPIES[copies] == "scattered" else 0
+        pieces = {"per-block-layer-tensor": self.model.copies_per_block, "per-block-layer": self.model.layers}
+        return self.block_bytes(block_size), pieces.get(copies, 0)
 
 
 def shipped() -> list[str]:

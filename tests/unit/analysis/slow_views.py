@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from typing import Any
 
+import polars as pl
+
 import kvtrace
+from kvtrace.clients import client_ids
 
 Row = dict[str, Any]
 
@@ -132,6 +135,28 @@ def reads(trace: kvtrace.Trace) -> list[Row]:
     return found
 
 
+def step_reads(trace: kvtrace.Trace) -> list[Row]:
+    blocks, tokens = Counter[int](), Counter[int]()
+    for read in reads(trace):
+        blocks[read["step"]] += 1
+        tokens[read["step"]] += read["tokens"]
+    return [{"engine_index": 0, "step": step, "blocks": n, "tokens": tokens[step]} for step, n in blocks.items()]
+
+
+def block_reads(trace: kvtrace.Trace) -> list[Row]:
+    times, requests = Counter[int](), defaultdict(set)
+    for read in reads(trace):
+        times[read["block"]] += 1
+        requests[read["block"]].add(read["request"])
+    return [{"engine_index": 0, "block": block, "times": n, "requests": len(requests[block])}
+            for block, n in times.items()]  # fmt: skip
+
+
+def shared_reads(trace: kvtrace.Trace) -> list[Row]:
+    readers = Counter((read["block"], read["step"]) for read in reads(trace))
+    return [{"engine_index": 0, "readers": n, "blocks": many} for n, many in Counter(readers.values()).items()]
+
+
 def prefixes(trace: kvtrace.Trace) -> list[Row]:
     """A trie of single blocks, then chains of equal passage merged from the roots on."""
     per_block = trace.header["bytes_per_block"]
@@ -197,7 +222,8 @@ def reuse(trace: kvtrace.Trace) -> list[Row]:
             identity = block["identity"]
             before = latest.get(identity)
             row = {"engine_index": 0, "request": r, "position": block["position"], "identity": identity,
-                   "time_ns": time, "previous_request": None, "distance_blocks": None, "reuse_ns": None}  # fmt: skip
+                   "time_ns": time, "nth_use": sum(other == identity for other, _, _ in uses) + 1,
+                   "previous_request": None, "distance_blocks": None, "reuse_ns": None}  # fmt: skip
             if before is not None:
                 row["previous_request"] = uses[before][1]
                 row["distance_blocks"] = len({other for other, _, _ in uses[before + 1 :]})
@@ -272,7 +298,7 @@ def occupancy(trace: kvtrace.Trace) -> list[Row]:
         used, holds = usable - step["free_blocks"], sum(references.values())
         idle = min(sum(references[block] <= 0 for block in cached), step["free_blocks"])
         wasted: int | None = holds * size - sum(computed.values())
-        if trace.header["inexact"] or not 0 <= wasted <= used * size:
+        if set(trace.header["inexact"]) - {"carried-state"} or not 0 <= wasted <= used * size:
             wasted = None
         rows.append(
             {"engine_index": 0, "step": step["step"], "start_ns": step["start_ns"], "used": used, "cached_idle": idle,
@@ -346,4 +372,16 @@ def misses(trace: kvtrace.Trace) -> list[Row]:
                 kinds["cold"] += 1
         order = ("cold", "capacity", "preemption", "short", "unread")
         found.append({**lookup, **{f"{kind}_tokens": kinds[kind] for kind in order}})
+    return found
+
+
+def clients(trace: kvtrace.Trace) -> list[Row]:
+    found = []
+    for row in rows_of(trace, "requests"):
+        name, tenant = row["request_id"], row["tenant"]
+        client = client_ids(pl.Series([name], dtype=pl.String))[0]
+        found.append(
+            {"engine_index": 0, "request": row["request"], "tenant": f"{tenant:016x}" if tenant else "none",
+             "client": client}
+        )  # fmt: skip
     return found

@@ -23,13 +23,15 @@ def test_a_cut_reads_verifies_and_replays(kvtrace_cli: Callable[..., Any], thras
     assert kvtrace_cli("info", out).code == 0
     assert kvtrace_cli("replay", out, "--capacity", "64", "--json").code == 0
     assert kvtrace_cli("stats", out, "--json").code == 0
-    refused = kvtrace_cli("simulate", out)
-    assert (refused.code, refused.err.count("\n")) == (1, 1)
-    assert "carried-state" in refused.err
+    assert kvtrace_cli("simulate", out, "--timing", "none", "-o", tmp_path / "again.kvt").code == 0
+    assert kvtrace.open(tmp_path / "again.kvt").reader.snapshot() is not None
     again = kvtrace_cli("cut", thrash, "--steps", "100:300", "-o", out)
     assert (again.code, "--force overwrites it" in again.err) == (2, True)
     assert kvtrace_cli("cut", thrash, "--requests", "3,7-9,100-", "-o", out, "--force").code == 0
     assert kvtrace.open(out).requests.height == 4 + 92
+    refused = kvtrace_cli("simulate", out)
+    assert (refused.code, refused.err.count("\n")) == (1, 1)
+    assert "chosen-requests" in refused.err
     assert kvtrace_cli("verify", out).code == 0
     assert kvtrace_cli("replay", out, "--capacity", "64", "--json").code == 0
     listed = tmp_path / "list.txt"

@@ -121,3 +121,26 @@ def test_figures_by_request(kvtrace_cli: Callable[..., Any], thrash: Path, tmp_p
     assert frame.filter(pl.col("semantics") == "object")["token_hits"].null_count() == 4 * 192
     assert kvtrace_cli(*words, "--per-request", out).code == 2  # it exists
     assert kvtrace_cli(*words, "--per-request", tmp_path / "r.txt").code == 2
+
+
+def test_a_mooncake_file_as_it_is_gives_the_table_of_its_import(
+    kvtrace_cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    ids = [[1, 2, 3], [1, 2, 4], [5], [1, 2, 3, 6], [5, 7], [1, 2, 4]]
+    rows = [
+        {"timestamp": 9 * i, "input_length": 512 * len(blocks) - 3, "output_length": 4, "hash_ids": blocks}
+        for i, blocks in enumerate(ids)
+    ]
+    path = tmp_path / "trace.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert kvtrace_cli("import", "mooncake", path, "-o", tmp_path / "trace.kvt").code == 0
+    grid = ("--policy", "lru,fifo", "--capacity", "3,inf", "--semantics", "prefix,object", "--json")
+    done = kvtrace_cli("replay", path, *grid)
+    assert done.code == 0
+    assert f"{path} is read as mooncake" in done.err
+    its = kvtrace_cli("replay", tmp_path / "trace.kvt", *grid)
+    assert without_seconds(json.loads(done.out)) == without_seconds(json.loads(its.out))
+    path.write_text(path.read_text() + '{"timestamp": 1, "input_length": -1, "output_length": 4, "hash_ids": [1]}\n')
+    done = kvtrace_cli("replay", path, *grid)
+    assert done.code == 1
+    assert "trace.jsonl, line 7: input_length is -1" in done.err

@@ -195,3 +195,17 @@ def test_the_shell_is_duckdbs(
             shell(traces, str(program), unsafe)
             assert capfd.readouterr().out == f"{options}\n{[times * n for n in counts]}\n"
     assert list(folder.iterdir()) == []
+
+
+def test_views_that_take_too_much_are_given_up_and_made_anew(thrash: Path) -> None:
+    reader = kvtrace.open(thrash).reader
+    queries = [f"SELECT count(*), max(request) FROM {view}" for view in ("reuse", "block_lifetimes", "misses", "reuse")]
+    tight, ample = Database([reader], most_bytes=0), Database([reader])
+    for query in queries:
+        assert tight.query(query).equals(ample.query(query))
+        assert len(tight._kept) == 1
+    assert set(ample._kept) == {"reuse", "block_lifetimes", "misses"}
+    joined = "SELECT count(*) FROM reads JOIN engines USING (engine_index)"  # needs read_spans, which stays
+    assert tight.query(joined).equals(ample.query(joined))
+    tight.query(queries[0])
+    assert tight.query(joined).equals(ample.query(joined))

@@ -23,7 +23,10 @@ from kvtrace_replay.reuse import reuse_distances
 from kvtrace_replay.workload.recorded import from_trace
 
 SEEDS = 40
-ALWAYS = ("request_blocks", "block_lifetimes", "block_tables", "reads", "prefixes", "reuse")
+ALWAYS = (
+    "request_blocks", "block_lifetimes", "block_tables", "reads", "step_reads", "block_reads", "shared_reads",
+    "prefixes", "reuse", "clients",
+)  # fmt: skip
 # Operations that name blocks come between steps, where the log does not say whether a preemption was before or after
 # the step of its number: engines that are followed exactly have none of these.
 EXACT_ONLY = ("preemptions", "occupancy", "latencies", "misses")

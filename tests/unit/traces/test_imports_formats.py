@@ -270,7 +270,7 @@ def test_csv(tmp_path: Path) -> None:
 def test_requests_of_a_csv_that_span_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvtrace_traces.importers.source.CHUNK_BYTES", 1)
     chunks = importers.Source.chunks
-    monkeypatch.setattr(importers.Source, "chunks", lambda self: chunks(self, 7))
+    monkeypatch.setattr(importers.Source, "chunks", lambda self, size=7: chunks(self, 7))
     rows = [(r, [10 * r + i for i in range(r % 4)]) for r in range(20)]
     data = "request,id\n" + "".join(f"{r},{i}\n" for r, ids in rows for i in ids or [""])
     assert [row[3] for row in requests_of(imported("csv", data, tmp_path))] == [ids for _, ids in rows]

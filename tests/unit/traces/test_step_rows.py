@@ -61,3 +61,24 @@ def test_the_file_is_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         written = pl.read_parquet(tmp_path / "out" / f"{table}.parquet")
         own = getattr(trace, table)
         assert_frame_equal(written, own, check_dtypes=False, categorical_as_str=True)
+    chains = trace.chains()
+    rows = [
+        (0, request, granule, identity)
+        for request in range(len(chains.indptr) - 1)
+        for granule, identity in enumerate(chains.identities[chains.indptr[request] : chains.indptr[request + 1]])
+    ]
+    assert pl.read_parquet(tmp_path / "out" / "chains.parquet").rows() == rows
+    assert len(rows) > 3000
+
+
+@pytest.mark.parametrize("most", [1, 100, 5000])
+def test_block_events_in_pieces_are_the_table(most: int) -> None:
+    found = [piece for _, piece in open_trace(SAMPLE).block_event_pieces(most, keep=True)]
+    assert len(found) > 1
+    assert_frame_equal(pl.concat(found), open_trace(SAMPLE).block_events)
+    trace = open_trace(SAMPLE)  # other tables, decoded with the events or without
+    for _ in trace.block_event_pieces(most):
+        pass
+    for table in ("requests", "steps", "step_spans", "lookups", "preemptions"):
+        assert_frame_equal(getattr(trace, table), getattr(open_trace(SAMPLE), table))
+    assert_frame_equal(trace.block_events, open_trace(SAMPLE).block_events)

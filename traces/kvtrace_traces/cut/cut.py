@@ -19,8 +19,9 @@ from kvtrace_traces import survey, wire
 from kvtrace_traces.cut import blocks
 from kvtrace_traces.cut import follow as f
 from kvtrace_traces.cut import translate as t
-from kvtrace_traces.cut.follower import NOBODY, Follower, Log, extended, words_of
+from kvtrace_traces.cut.follower import NOBODY, Follower, Log
 from kvtrace_traces.cut.identities import fresh_key
+from kvtrace_traces.cut.operations import extended, words_of
 from kvtrace_traces.cut.output import Output
 from kvtrace_traces.engine_log import EngineLog
 from kvtrace_traces.errors import UsageError

@@ -26,18 +26,21 @@ from kvtrace_traces.played import (
 )  # fmt: skip
 from kvtrace_traces.scheduled import begin_call
 from kvtrace_traces.schema import (
-    LIVE_BEGUN, LIVE_RUNNING, LIVE_SCHEDULED, LIVE_TABLE, MOVE_LOAD, REQUEST_FINISHED, SCHED_COUNTS, SCHED_FULL,
+    KNOWN_GIVES, LIVE_BEGUN, LIVE_RUNNING, LIVE_SCHEDULED, LIVE_TABLE, MOVE_LOAD, REQUEST_FINISHED, SCHED_COUNTS,
+    SCHED_FULL,
 )  # fmt: skip
 from kvtrace_traces.survey import (
     ALLOC, ALLOCN, BEGIN, CHAIN, FILL, FILL1, FINISH, FREE, HIT, KEY, KEY_WORDS, LOOKUP, OUTPUT, PREEMPT, SCHED,
-    X_ALLOC, X_EVICT, X_FILL, X_FREE, X_HIT, X_IDS, X_INEXACT, X_KEPT, X_LIVE, X_LOST, X_MOVE, X_QUEUE, X_REQ,
-    X_RESET, X_SKIP, X_START, X_TIME, op_words, sched_parts,
+    X_ALLOC, X_EVICT, X_FILL, X_FREE, X_HIT, X_IDS, X_INEXACT, X_KEPT, X_KNOWN, X_LIVE, X_LOST, X_MOVE, X_QUEUE,
+    X_REQ, X_RESET, X_SKIP, X_START, X_TIME, op_words, sched_parts,
 )  # fmt: skip
 
 # Rows per request of the window: int32 and int64.
 (W_STATUS, W_PLACE, W_TOKENS, W_STAMP, W_TAIL, W_FILL, W_FILLED, W_LENGTH, W_KNOWN, W_CACHED, W_PREEMPTIONS, W_FOUND,
- W_LOOKED, W_BEGUN, W_CHOSEN, WINDOW32) = range(16)  # fmt: skip
-W_START, W_COMPUTED, W_ORDER, W_LOOKUP, W_REQ, W_CHAIN, WINDOW64 = range(7)
+ W_LOOKED, W_BEGUN, W_CHOSEN, W_LOST, WINDOW32) = range(17)  # fmt: skip
+# W_MOST: most tokens it ever had computed, as far as its stretches of steps have ended: it gets a token whenever it has
+# computed all that are known, so these tell how many are.
+W_START, W_COMPUTED, W_ORDER, W_LOOKUP, W_REQ, W_CHAIN, W_MOST, W_TOKENS_LOST, W_MOST_LOST, WINDOW64 = range(10)
 UNKNOWN, WAITING, RUNNING, GONE = range(4)
 # What `follow` returns.
 AT_END, AT_STEP, MORE_ROOM, AT_TIME = range(4)
@@ -91,6 +94,7 @@ def _leave(state, small, large, members, w):
     if place < 0:
         return
     large[W_COMPUTED, w] = _now(state, small, large, w)
+    large[W_MOST, w] = max(large[W_MOST, w], large[W_COMPUTED, w])
     last = members[state[C_SET] - 1]
     members[place] = last
     small[W_PLACE, last - state[F_BASE]] = place + 1
@@ -138,6 +142,9 @@ def _admitted(state, small, large, w, loaded):
 def _preempted(state, small, large, members, w, tokens):
     _leave(state, small, large, members, w)
     large[W_COMPUTED, w] = 0
+    small[W_LOST, w] = state[C_CALL] + 1
+    large[W_TOKENS_LOST, w] = tokens
+    large[W_MOST_LOST, w] = max(large[W_MOST_LOST, w], tokens)
     small[W_PREEMPTIONS, w] += 1
     small[W_STATUS, w] = WAITING
     large[W_ORDER, w] = state[F_FRONT]
@@ -161,11 +168,16 @@ def _end_call(words, at, state, small, large, members, special, made):
             continue
         tokens, computed = np.int64(words[first + 3 * i + 1]), np.int64(words[first + 3 * i + 2])
         if small[W_PLACE, w] > 0:
+            if small[W_STATUS, w] == WAITING and small[W_LOOKED, w] == call:  # such a victim, admitted at once
+                _admitted(state, small, large, w, 0)
             if tokens != small[W_TOKENS, w] or computed != _now(state, small, large, w):
                 _leave(state, small, large, members, w)
                 _enter(state, small, large, members, r, tokens, computed)
         else:
-            _admitted(state, small, large, w, 0)
+            if small[W_LOST, w] == call:  # up to vLLM 0.11.0 a victim stays scheduled, and waits all the same
+                large[W_MOST, w] = max(large[W_MOST, w], large[W_TOKENS_LOST, w] + tokens)
+            else:
+                _admitted(state, small, large, w, 0)
             _enter(state, small, large, members, r, tokens, computed)
         small[W_BEGUN, w] = 1
         small[W_STAMP, w] = call
@@ -431,6 +443,11 @@ def _extended(words, at, n, code, state, small, large, pool, nodes, members, fro
             fill(state, pool, np.int64(words[i]), NAMED, time_of(words, i + 1), time_of(words, i + 3))
     elif code == X_LIVE:
         _live(words, at, n, state, small, large, pool, nodes, members)
+    elif code == X_KNOWN:
+        for i in range(at + 1, at + n, 5):
+            large[W_MOST_LOST, np.int64(words[i]) - base] = np.int64(words[i + 4])
+            due = words[i + 2] > np.uint32(0) and words[i + 3] & np.uint32(KNOWN_GIVES)
+            large[W_MOST, np.int64(words[i]) - base] = np.int64(words[i + 1]) - 1 + (1 if due else 0)
 
 
 @njit

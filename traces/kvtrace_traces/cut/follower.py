@@ -13,6 +13,7 @@ from kvtrace_traces.cut import blocks
 from kvtrace_traces.cut import follow as f
 from kvtrace_traces.cut.identities import chains_of
 from kvtrace_traces.cut.identities import rekey as rekey_all
+from kvtrace_traces.cut.operations import extended, kept_words, live_words, queue_words, words_of
 from kvtrace_traces.played import (
     C_BEGUN,
     C_DUE,
@@ -26,14 +27,15 @@ from kvtrace_traces.played import (
     NODE_BLOCK,
     NODE_PREVIOUS,
 )  # fmt: skip
-from kvtrace_traces.schema import EXT_OPS, LIVE_BEGUN, LIVE_RUNNING, LIVE_SCHEDULED, LIVE_TABLE, OPS
+from kvtrace_traces.schema import OPS
+from kvtrace_traces.snapshot import Live
 
 U32 = NDArray[np.uint32]
 I64 = NDArray[np.int64]
 U64 = NDArray[np.uint64]
 NOBODY: I64 = np.empty(0, np.int64)
 NO_CALLS = np.empty(0, np.uint8)
-KEPT_AT_ONCE, QUEUED_AT_ONCE = 100_000, 500_000  # an operation takes 2^20 words at most
+PROMPT_WORD = 5  # of REQ: the length of the prompt
 
 
 class Log(NamedTuple):
@@ -160,7 +162,7 @@ class Follower:
         )  # fmt: skip
 
     def snapshot(self, live: I64, key: U64 | None) -> tuple[dict[int, U32], list[U32]]:
-        """CHAIN by live request, and START, LIVE, KEPT and QUEUE; identities rekeyed with ``key``."""
+        """CHAIN by live request, and START, LIVE, KNOWN, KEPT and QUEUE; identities rekeyed with ``key``."""
         pool, log = self._pool, self._log
         kept = np.flatnonzero(pool[blocks.H_REQUEST] != blocks.NOTHING)
         kept = kept[np.argsort(pool[blocks.H_FILLED, kept])]
@@ -181,9 +183,9 @@ class Follower:
                 chains[request] = np.concatenate([head, found[begin : begin + many].view(np.uint32)])
         return chains, [
             extended("START", words_of(self.state[C_PREEMPTED], self.state[C_EMPTY])),
-            *self._live(live),
-            *_kept(kept[known], identities[known], parents[known]),
-            *_queue(pool),
+            *live_words(self._live(live)),
+            *kept_words(kept[known], identities[known], parents[known]),
+            *queue_words(self._queue()),
         ]
 
     def _held(self, kept: I64, wanted: I64, indptr: I64, found: U64) -> tuple[NDArray[np.bool_], U64, U64]:
@@ -205,53 +207,51 @@ class Follower:
                 known[of_chain] = there
         return known, identities, parents
 
-    def _live(self, live: I64) -> list[U32]:
-        """LIVE of each, running ones first, both in the order of their queue."""
+    def _queue(self) -> list[int]:
+        queue, block = [], int(self._pool[blocks.H_NEXT, 0])
+        while block:
+            queue.append(block)
+            block = int(self._pool[blocks.H_NEXT, block])
+        return queue
+
+    def _live(self, live: I64) -> list[Live]:
+        """Each of them, running ones first, both in the order of their queue."""
         at = live - self.state[blocks.F_BASE]
         small, large = self._small[:, at], self._large[:, at]
         running = small[f.W_STATUS] == f.RUNNING
-        operations = []
+        found = []
         for new in np.lexsort((large[f.W_ORDER], ~running)).tolist():
             row, wide = small[:, new], large[:, new]
-            scheduled = row[f.W_PLACE] > 0
-            computed = wide[f.W_COMPUTED]
+            scheduled = bool(row[f.W_PLACE] > 0)
+            computed = int(wide[f.W_COMPUTED])
             if scheduled:
-                computed += (self.state[C_STEP] - wide[f.W_START]) * row[f.W_TOKENS]
-            flags = (
-                LIVE_RUNNING * bool(running[new]) | LIVE_SCHEDULED * bool(scheduled)
-                | LIVE_TABLE * bool(row[f.W_KNOWN]) | LIVE_BEGUN * bool(row[f.W_BEGUN])
-            )  # fmt: skip
+                computed += int(self.state[C_STEP] - wide[f.W_START]) * int(row[f.W_TOKENS])
             table, node = [], int(row[f.W_TAIL])
             while node:
                 table.append(int(self._nodes[NODE_BLOCK, node]))
                 node = int(self._nodes[NODE_PREVIOUS, node])
-            told = (new, flags, computed, row[f.W_CACHED], row[f.W_PREEMPTIONS], row[f.W_FILLED], *reversed(table))
-            operations.append(extended("LIVE", words_of(*told)))
-        return operations
+            found.append(
+                Live(
+                    new, bool(running[new]), scheduled, bool(row[f.W_BEGUN]), computed,
+                    int(row[f.W_CACHED]) - 1 if row[f.W_CACHED] else None, int(row[f.W_PREEMPTIONS]),
+                    int(row[f.W_FILLED]), table[::-1] if row[f.W_KNOWN] else None,
+                    *self._tokens(row, wide, bool(running[new]), scheduled, computed), int(wide[f.W_MOST_LOST]),
+                )
+            )  # fmt: skip
+        return found
 
+    def _tokens(self, row: Any, wide: Any, running: bool, scheduled: bool, computed: int) -> tuple[int, int, bool]:
+        """Tokens known of prompt and output, those under way, and whether the last call gives a token.
 
-def words_of(*values: Any) -> U32:
-    """Words of an operation."""
-    return np.array([int(value) & 0xFFFFFFFF for value in values], np.uint32)
-
-
-def extended(name: str, words: U32) -> U32:
-    """The operation of EXT with these words."""
-    return np.concatenate([words_of(15 | (EXT_OPS[name].code | len(words) << 8) << 4), words])
-
-
-def _kept(cached: I64, identities: U64, parents: U64) -> list[U32]:
-    words = np.empty((len(cached), 5), np.uint32)
-    words[:, 0] = cached
-    words[:, 1:3] = identities.view(np.uint32).reshape(-1, 2)
-    words[:, 3:5] = parents.view(np.uint32).reshape(-1, 2)
-    return [extended("KEPT", words[i : i + KEPT_AT_ONCE].ravel()) for i in range(0, len(cached), KEPT_AT_ONCE)]
-
-
-def _queue(pool: I64) -> list[U32]:
-    queue, block = [], int(pool[blocks.H_NEXT, 0])
-    while block:
-        queue.append(block)
-        block = int(pool[blocks.H_NEXT, block])
-    found = np.array(queue, np.uint32)
-    return [extended("QUEUE", found[i : i + QUEUED_AT_ONCE]) for i in range(0, len(found), QUEUED_AT_ONCE)]
+        A call gives a request a token where it computes all that are known, outputs to come included (vLLM,
+        `Scheduler._update_after_schedule`): so these are one more than were ever computed, or the prompt.
+        """
+        prompt = int(self._log.words[int(wide[f.W_REQ]) + PROMPT_WORD]) if wide[f.W_REQ] >= 0 else 0
+        known = max(prompt, int(wide[f.W_MOST]) + 1, 0 if scheduled else computed + 1)
+        if not scheduled or not running:
+            return known, 0, False
+        known = max(known, computed - int(row[f.W_TOKENS]) + 1)
+        gives = computed >= known
+        if self.state[C_DUE]:
+            return known, int(row[f.W_TOKENS]), gives
+        return known + gives, 0, gives

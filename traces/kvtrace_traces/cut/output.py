@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtrace_traces import wire
-
-COMMIT_WORDS = 1 << 22
+from kvtrace_traces.cut.operations import in_commits
 
 
 class Output:
@@ -34,16 +33,9 @@ class Output:
 
     def together(self, operations: list[NDArray[np.uint32]], flags: int = 0) -> None:
         """Write operations in as few commits as fit; the first one has the flags."""
-        waiting: list[NDArray[np.uint32]] = []
-        size = 0
-        for words in operations:
-            if waiting and size + len(words) > COMMIT_WORDS:
-                self.commit(np.concatenate(waiting), flags)
-                waiting, size, flags = [], 0, 0
-            waiting.append(words)
-            size += len(words)
-        if waiting:
-            self.commit(np.concatenate(waiting), flags)
+        for words in in_commits(operations):
+            self.commit(words, flags)
+            flags = 0
 
     def end(self, time_ns: int, events: int) -> None:
         """Write the end record: nothing is missing."""

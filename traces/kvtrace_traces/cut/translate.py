@@ -18,8 +18,8 @@ from kvtrace_traces.schema import (
 )  # fmt: skip
 from kvtrace_traces.survey import (
     ALLOC, ALLOCN, BEGIN, CHAIN, FILL, FILL1, FINISH, FREE, HIT, KEY, KEY_WORDS, LOOKUP, OUTPUT, PREEMPT, REQ_WORDS,
-    SCHED, X_ABOUT, X_ALLOC, X_EVICT, X_FILL, X_FREE, X_HIT, X_IDS, X_KEPT, X_LIVE, X_LOAD, X_LOST, X_MOVE, X_OWN,
-    X_REQ, X_RESET, X_SKIP, X_START, X_STORE, X_TIME, X_WHEN, op_words, sched_parts,
+    SCHED, X_ABOUT, X_ALLOC, X_EVICT, X_FILL, X_FREE, X_HIT, X_IDS, X_KEPT, X_KNOWN, X_LIVE, X_LOAD, X_LOST, X_MOVE,
+    X_OWN, X_REQ, X_RESET, X_SKIP, X_START, X_STORE, X_TIME, X_WHEN, op_words, sched_parts,
 )  # fmt: skip
 
 X_TYPE, X_INEXACT = EXT_OPS["TYPE"].code, EXT_OPS["INEXACT"].code
@@ -267,6 +267,9 @@ def _extended(words, at, n, out, to, scalars, numbers, first, key, names):
         out[to + 1] = new
         if code == X_ABOUT:
             out[to + 4] = _whose(numbers, first, words[at + 4])
+    elif code == X_KNOWN:
+        for i in range(1, n, 5):
+            out[to + i] = _whose(numbers, first, words[at + i])
     elif code == X_KEPT:
         for i in range(1, n, 5):
             _identity(words, at + i + 1, out, to + i + 1, rekeyed, key)

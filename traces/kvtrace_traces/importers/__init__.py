@@ -90,35 +90,10 @@ def run(
     from kvtrace_traces.importers.requests import RequestWriter
     from kvtrace_traces.writer import write_file
 
-    src, out = Path(src), Path(out)
-    chosen = _find(format)
+    out = Path(out)
     options = Options(block_size, granule, tokenizer, columns or {})
-    _check_options(chosen, options)
-    if out.exists() and (out.is_dir() or not force):
-        raise UsageError(f"{out} exists: " + ("give a file name" if out.is_dir() else "--force replaces it"))
-    source = Source(src, _files(chosen, src), options, progress)
-    source.granule = chosen.granule(source)
-    source.rewind()
-    header: dict[str, Any] = {
-        "source": "import",
-        "format": format,
-        "engine": None,
-        "engine_version": None,
-        "engine_index": 0,
-        "run_id": secrets.token_hex(8),
-        "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
-        "clock_monotonic_ns": 0,
-        "clock_wall_ns": 0,
-        "imported_from": src.name,
-        "model": None,
-        "block_size": _block_size(chosen, source),
-        "granule": source.granule,
-        "num_blocks": 0,
-        "bytes_per_block": None,
-        "prefix_caching": True,
-        "reuse_known": chosen.reuse,
-        "inexact": [],
-    }
+    chosen, source = source_of(format, Path(src), options, progress, out, force)
+    header = header_of(chosen, source)
     writer = RequestWriter(chosen.read(source), skip_bad, source)
     target = out.with_name(out.name + f".{os.getpid()}.part") if out.exists() else out
     try:
@@ -147,7 +122,55 @@ def run(
     }
 
 
+def source_of(
+    format: str,
+    src: Path,
+    options: Options,
+    progress: Progress | None = None,
+    out: Path | None = None,
+    force: bool = False,
+) -> tuple[Importer, Source]:
+    """The importer of ``format`` and what it is to read, from the begin. Raises as :func:`run`."""
+    chosen = _find(format)
+    _check_options(chosen, options)
+    if out is not None and out.exists() and (out.is_dir() or not force):
+        raise UsageError(f"{out} exists: " + ("give a file name" if out.is_dir() else "--force replaces it"))
+    source = Source(src, _files(chosen, src), options, progress)
+    source.granule = chosen.granule(source)
+    source.rewind()
+    return chosen, source
+
+
+def header_of(chosen: Importer, source: Source) -> dict[str, Any]:
+    """The header of a trace of these files."""
+    return {
+        "source": "import",
+        "format": chosen.name,
+        "engine": None,
+        "engine_version": None,
+        "engine_index": 0,
+        "run_id": secrets.token_hex(8),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+        "clock_monotonic_ns": 0,
+        "clock_wall_ns": 0,
+        "imported_from": source.path.name,
+        "model": None,
+        "block_size": _block_size(chosen, source),
+        "granule": source.granule,
+        "num_blocks": 0,
+        "bytes_per_block": None,
+        "prefix_caching": True,
+        "reuse_known": chosen.reuse,
+        "inexact": [],
+    }
+
+
 def _find(format: str) -> Importer:
+    module = format.replace("-", "_")
+    if module.isidentifier() and any(found.name == module for found in pkgutil.iter_modules(__path__)):
+        importlib.import_module(f"{__name__}.{module}")  # mostly all that is needed
+        if format in _FORMATS:
+            return _FORMATS[format]
     known = formats()
     if format not in known:
         near = difflib.get_close_matches(format, known, 1)

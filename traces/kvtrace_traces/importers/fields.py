@@ -11,7 +11,7 @@ from typing import Any
 from kvtrace_traces.importers.batches import MAX_ID, MAX_TOKENS, UNKNOWN, Bad, Record
 from kvtrace_traces.importers.columns import MOST_NS
 from kvtrace_traces.importers.json_lines import parse
-from kvtrace_traces.importers.source import Lines, Source
+from kvtrace_traces.importers.source import LOOK_BYTES, Lines, Source
 
 MAX_BLOCK_TOKENS = 1 << 24
 UNITS = {0: "nanoseconds", 3: "microseconds", 6: "milliseconds", 9: "seconds"}
@@ -125,7 +125,7 @@ def name_of(row: Mapping[str, Any], *fields: str) -> str:
 
 def block_size_of(source: Source, field: str, default: int) -> int:
     """The block size that the first record of a source states in ``field``, if it does; else ``default``."""
-    for _, _, line in source.lines():
+    for _, _, line in source.lines(LOOK_BYTES):
         try:
             row = object_of(line)
         except ValueError:

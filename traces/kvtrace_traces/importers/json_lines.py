@@ -31,8 +31,8 @@ from kvtrace_traces.importers.columns import (
 from kvtrace_traces.importers.source import Lines
 
 _OPEN, _CLOSE, _LEFT, _RIGHT, _QUOTE, _COMMA, _COLON = (np.uint8(ord(c)) for c in '{}[]",:')
-_ZERO, _NINE, _MINUS, _PLUS, _DOT, _BIG_E, _E = (np.uint8(ord(c)) for c in "09-+.Ee")
-_SPACE, _TAB, _RETURN, _NEWLINE, _ESCAPE = (np.uint8(ord(c)) for c in " \t\r\n\\")
+_ZERO, _ONE, _NINE, _MINUS, _PLUS, _DOT, _BIG_E, _E = (np.uint8(ord(c)) for c in "019-+.Ee")
+_SPACE, _TAB, _RETURN, _ESCAPE = (np.uint8(ord(c)) for c in " \t\r\\")
 _BAD = -1
 _MASK = (1 << 64) - 1
 _HEX = re.compile(r"[0-9a-fA-F]+")
@@ -48,7 +48,8 @@ def scanner(*fields: str, ids: str, hexadecimal: bool = False) -> Callable[[Line
 
     def scan(lines: Lines) -> Columns:
         data = lines.data
-        most = int(np.count_nonzero(data == 10)) + 1
+        breaks = np.flatnonzero(data == 10)
+        most = len(breaks) + 1
         kinds = np.zeros((len(fields), most), np.uint8)
         values, extras = np.zeros((len(fields), most), np.uint64), np.zeros((len(fields), most), np.int64)
         good = np.zeros(most, np.bool_)
@@ -56,6 +57,7 @@ def scanner(*fields: str, ids: str, hexadecimal: bool = False) -> Callable[[Line
         found = np.empty(len(data) // 2 + 1, np.uint64)
         count = _scan(
             data,
+            breaks,
             lines.first,
             text,
             ends,
@@ -153,16 +155,16 @@ def _whole(data, i, stop):
     first = i
     value = np.uint64(0)
     while i < stop:
-        digit = np.uint8(data[i] - _ZERO)
+        digit = np.uint8(data[np.uintp(i)] - _ZERO)  # unsigned: no check for an index below 0
         if digit > 9:
             break
-        if i - first >= 19 and (
-            value > np.uint64(1844674407370955161) or (value == np.uint64(1844674407370955161) and digit > 5)
-        ):
-            return np.int64(_BAD), value
         value = value * np.uint64(10) + np.uint64(digit)
         i += 1
-    if i == first or (data[first] == _ZERO and i > first + 1):
+    size = i - first
+    if size == 0 or (size > 1 and data[np.uintp(first)] == _ZERO):
+        return np.int64(_BAD), value
+    # Of 20 digits the number may be above 2^64-1: then it has wrapped, or does not begin with a 1.
+    if size >= 20 and (size > 20 or data[np.uintp(first)] != _ONE or value < np.uint64(10**19)):
         return np.int64(_BAD), value
     return i, value
 
@@ -264,18 +266,18 @@ def _ids(data, i, stop, hexadecimal, ids, count):
             i, value = _whole(data, i, stop)
         if i < 0 or i >= stop:
             return np.int64(_BAD), count
-        ids[count] = value
+        ids[np.uintp(count)] = value
         count += 1
-        if data[i] != _COMMA:
+        if data[np.uintp(i)] != _COMMA:
             i = _skip(data, i, stop)
             if i < stop and data[i] == _RIGHT:
                 return i + 1, count
             if i >= stop or data[i] != _COMMA:
                 return np.int64(_BAD), count
         i += 1
-        if i < stop and data[i] == _SPACE:
+        if i < stop and data[np.uintp(i)] == _SPACE:
             i += 1
-        if i < stop and data[i] <= _SPACE:
+        if i < stop and data[np.uintp(i)] <= _SPACE:
             i = _skip(data, i, stop)
     return np.int64(_BAD), count
 
@@ -371,19 +373,18 @@ def _object(data, i, stop, text, ends, listed, hexadecimal, kinds, values, extra
 
 @njit
 def _scan(
-    data, first, text, ends, listed, hexadecimal, kinds, values, extras, good, numbers, begins, stops, ids
+    data, breaks, first, text, ends, listed, hexadecimal, kinds, values, extras, good, numbers, begins, stops, ids
 ):  # fmt: skip
-    """Fill the columns; returns how many lines are not blank."""
+    """Fill the columns; ``breaks`` int64: where lines end. Returns how many lines are not blank."""
     row = 0
     count = np.int64(0)
     number = np.int64(first)
-    i = np.int64(0)
+    i, line = np.int64(0), 0
     while i < len(data):
-        stop = i
         blank = True
         fine, after = True, count
-        # The end of a plain line is found by reading it; that of another by looking for it.
-        stop = _newline(data, i)
+        stop = breaks[line] if line < len(breaks) else np.int64(len(data))
+        line += 1
         for k in range(i, stop):
             c = data[k]
             if not (c == _SPACE or (c >= _TAB and c <= _RETURN)):
@@ -402,10 +403,3 @@ def _scan(
         number += 1
         i = stop + 1
     return row
-
-
-@njit(cache=False)
-def _newline(data, i):
-    while i < len(data) and data[i] != _NEWLINE:
-        i += 1
-    return i

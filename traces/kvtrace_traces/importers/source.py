@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from kvtrace_traces.errors import KvtraceError
 
 CHUNK_BYTES = 8 << 20
+LOOK_BYTES = 1 << 16  # where a record or two tell enough
 _PACKED = {b"\x28\xb5\x2f\xfd": "zstd", b"\x1f\x8b": "gzip"}
 
 Progress = Callable[[int, int], None]
@@ -99,7 +100,7 @@ class Source:
     def chunks(self, size: int = CHUNK_BYTES) -> Iterator[Lines]:
         """The lines of all files, about ``size`` bytes at a time; a line that is longer comes whole."""
         for file in self.files:
-            first, kept = 1, b""
+            first, kept, before = 1, b"", b""
             for piece in self.pieces(file, size):
                 cut = piece.rfind(b"\n") + 1
                 if not cut:
@@ -107,14 +108,16 @@ class Source:
                     continue
                 data = kept + piece[:cut] if kept else piece[:cut]
                 kept = piece[cut:]
+                first += before.count(b"\n")  # of the chunk before: of a file of one chunk nobody asks
+                before = data
                 yield Lines(file, first, np.frombuffer(data, np.uint8))
-                first += data.count(b"\n")
             if kept:
+                first += before.count(b"\n")
                 yield Lines(file, first, np.frombuffer(kept, np.uint8))
 
-    def lines(self) -> Iterator[tuple[Path, int, bytes]]:
-        """File, number and bytes of every line that is not blank, numbered from 1."""
-        for chunk in self.chunks():
+    def lines(self, size: int = CHUNK_BYTES) -> Iterator[tuple[Path, int, bytes]]:
+        """File, number and bytes of every line that is not blank, numbered from 1; read ``size`` bytes at a time."""
+        for chunk in self.chunks(size):
             for number, line in enumerate(chunk.data.tobytes().split(b"\n"), chunk.first):
                 if line.strip():
                     yield chunk.file, number, line

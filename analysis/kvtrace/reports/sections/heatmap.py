@@ -11,6 +11,8 @@ from kvtrace.reports.charts import heat
 from kvtrace.reports.page import Panel
 from kvtrace.reports.registry import section
 from kvtrace.reports.run import Run, Untold, clock
+from kvtrace.views.event_arrays import block_count
+from kvtrace.views.fast_taken import taken as taken_in
 
 ROWS, COLUMNS = 48, 100
 TAKEN = 500_000  # blocks taken by requests, up to which all their reads are followed
@@ -34,21 +36,17 @@ def accesses(run: Run) -> Iterator[Panel]:
 
 
 def _reads(run: Run) -> Panel:
-    taken = int(
-        run.sql(
-            "SELECT count(*) FROM block_events WHERE engine_index = {engine} AND kind IN ('allocate', 'hit')"
-        ).item()
-    )
+    steps = run.sql("SELECT max(step) + 1 FROM steps WHERE engine_index = {engine}").item()
+    blocks = block_count(run.trace.reader, run.header)
+    width, tall = ceil(steps / COLUMNS), ceil(blocks / ROWS)
+    squares = taken_in(run.trace.reader, run.header, tall, width, blocks, steps)
+    taken = int(squares.sum())
     if not taken:
         raise Untold("no block was ever taken by a request")
-    steps = run.sql("SELECT max(step) + 1 FROM steps WHERE engine_index = {engine}").item()
-    blocks = run.sql("SELECT max(block) + 1 FROM block_events WHERE engine_index = {engine}").item()
-    blocks = max(blocks, int(run.header.get("num_blocks") or 0))
-    width, tall = ceil(steps / COLUMNS), ceil(blocks / ROWS)
     followed = taken <= TAKEN
     if followed:
         # A stretch of steps counts in every column that it touches, with the steps that lie there.
-        query = f"""
+        counted = run.sql(f"""
             WITH spans AS (
               SELECT block // {tall} AS row, first_step, first_step + steps AS past_step
               FROM read_spans WHERE engine_index = {{engine}}),
@@ -57,19 +55,17 @@ def _reads(run: Run) -> Panel:
             SELECT row, "column",
                    sum(least(past_step, ("column" + 1) * {width}) - greatest(first_step, "column" * {width}))
                      AS accesses
-            FROM cut GROUP BY row, "column" ORDER BY row, "column" """
+            FROM cut GROUP BY row, "column" ORDER BY row, "column" """)
     else:
-        query = f"""
-            SELECT block // {tall} AS row, greatest(step, 0) // {width} AS "column", count(*) AS accesses
-            FROM block_events WHERE engine_index = {{engine}} AND kind IN ('allocate', 'hit')
-            GROUP BY row, "column" ORDER BY row, "column" """
+        row, column = squares.nonzero()
+        counted = pl.DataFrame({"row": row, "column": column, "accesses": squares[row, column]})
     name, per = ("reads", "reads_per_block_and_step") if followed else ("taken", "taken_per_block")
-    row, column = pl.col("row"), pl.col("column")
-    cells = pl.min_horizontal((row + 1) * tall, pl.lit(blocks)) - row * tall
+    from_block, from_step = pl.col("row") * tall, pl.col("column") * width
+    cells = pl.min_horizontal(from_block + tall, pl.lit(blocks)) - from_block
     if followed:
-        cells = cells * (pl.min_horizontal((column + 1) * width, pl.lit(steps)) - column * width)
-    frame = run.sql(query).select(
-        (row * tall).alias("from_block"), (column * width).alias("from_step"), pl.col("accesses").alias(name),
+        cells = cells * (pl.min_horizontal(from_step + width, pl.lit(steps)) - from_step)
+    frame = counted.select(
+        from_block.alias("from_block"), from_step.alias("from_step"), pl.col("accesses").alias(name),
         (pl.col("accesses") / cells).round(4).alias(per),
     )  # fmt: skip
     several = f"for {_many(tall, 'block')} by {_many(width, 'step')} at a time"

@@ -1,6 +1,6 @@
 """Who is evicted: the engine's own free queue, or an eviction policy of the open loop in its place.
 
-Four operations on the pool depend on it, chosen by the type of a tag as in `cache.hooks`. With the engine's own rule
+The operations on the pool depend on it, chosen by the type of a tag as in `cache.hooks`. With the engine's own rule
 (`Native`) they are those of `blocks`. With a policy, its objects are identities:
 
 - free blocks that hold none stand in the free queue and are handed out first, in the engine's order;
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 from numba.extending import overload
 
 from kvtrace_replay.cache.hooks import evict, hit, insert, pin, unpin
@@ -22,7 +23,6 @@ from kvtrace_replay.schedulers.vllm_v1.layout import (
     B_IDENTITY,
     B_NEXT,
     B_REFS,
-    B_TWIN_NEXT,
     G_ALLOCATED,
     G_BAD_VICTIM,
     G_EVICTIONS,
@@ -53,13 +53,23 @@ def _native_take(tag, pol, blk, first, g, key):
 
 
 @njit(cache=False)
-def _native_touch(tag, pol, blk, g, block):
-    own.touch(blk, g, block)
+def _native_take_run(tag, pol, blk, first, g, chain, at, known, table, slot, start, stop):
+    own.take_run(blk, first, g, table, slot, start, stop)
+
+
+@njit(cache=False)
+def _native_touch_run(tag, pol, blk, g, table, slot, n):
+    own.touch_run(blk, g, table, slot, n)
 
 
 @njit(cache=False)
 def _native_remember(tag, pol, p, blk, first, g, block, identity, log):
     own.remember(blk, first, block, identity)
+
+
+@njit(cache=False)
+def _native_remember_run(tag, pol, p, blk, first, g, table, slot, chain, at, start, stop, log):
+    own.remember_run(blk, first, table, slot, chain, at, start, stop)
 
 
 @njit(cache=False)
@@ -95,6 +105,21 @@ def _policy_take(tag, pol, blk, first, g, key):
     blk[block, B_REFS] = 1
     g[G_ALLOCATED] += 1
     return block
+
+
+@njit(cache=False)
+def _policy_take_run(tag, pol, blk, first, g, chain, at, known, table, slot, start, stop):
+    for i in range(start, stop):
+        key = np.int64(first.shape[0] - 1)
+        if i < known:
+            key = np.int64(chain[at + i])
+        table[slot, i] = _policy_take(tag, pol, blk, first, g, key)
+
+
+@njit(cache=False)
+def _policy_touch_run(tag, pol, blk, g, table, slot, n):
+    for i in range(n):
+        _policy_touch(tag, pol, blk, g, table[slot, i])
 
 
 @njit(cache=False)
@@ -134,6 +159,12 @@ def _policy_remember(tag, pol, p, blk, first, g, block, identity, log):
 
 
 @njit(cache=False)
+def _policy_remember_run(tag, pol, p, blk, first, g, table, slot, chain, at, start, stop, log):
+    for i in range(start, stop):
+        _policy_remember(tag, pol, p, blk, first, g, table[slot, i], chain[at + i], log)
+
+
+@njit(cache=False)
 def _drop(p, blk, first, g, block, log):
     """A block's identity is forgotten, though nobody needs the block yet."""
     own.forget(blk, first, block)
@@ -153,7 +184,7 @@ def _policy_give_back(tag, pol, p, blk, first, g, table, n, log):
             pins[key] -= 1
         if blk[block, B_REFS] > 0:
             continue
-        if key >= 0 and (blk[block, B_TWIN_NEXT] == block):
+        if key >= 0 and own.alone(blk, block):
             unpin(tag, key, pol[1], pol[2], pol[3], pol[4], pol[5], pol[6], pol[7], pol[8])
             g[G_FREE] += 1
             continue
@@ -178,9 +209,15 @@ def take_block(tag, pol, blk, first, g, key):
     return (_native_take if isinstance(tag, Native) else _policy_take)(tag, pol, blk, first, g, key)
 
 
-def touch(tag, pol, blk, g, block):
-    """A request takes a reference to a cached block."""
-    (_native_touch if isinstance(tag, Native) else _policy_touch)(tag, pol, blk, g, block)
+def take_run(tag, pol, blk, first, g, chain, at, known, table, slot, start, stop):
+    """Hand out blocks for `table[slot, start:stop]`; entry i is to hold `chain[at + i]` where i < `known`."""
+    chosen = _native_take_run if isinstance(tag, Native) else _policy_take_run
+    chosen(tag, pol, blk, first, g, chain, at, known, table, slot, start, stop)
+
+
+def touch_run(tag, pol, blk, g, table, slot, n):
+    """A request takes a reference to the first `n` blocks of `table[slot]`, which are cached."""
+    (_native_touch_run if isinstance(tag, Native) else _policy_touch_run)(tag, pol, blk, g, table, slot, n)
 
 
 def remember(tag, pol, p, blk, first, g, block, identity, log):
@@ -188,6 +225,12 @@ def remember(tag, pol, p, blk, first, g, block, identity, log):
     (_native_remember if isinstance(tag, Native) else _policy_remember)(
         tag, pol, p, blk, first, g, block, identity, log
     )
+
+
+def remember_run(tag, pol, p, blk, first, g, table, slot, chain, at, start, stop, log):
+    """The blocks `table[slot, start:stop]` become cached; entry i as `chain[at + i]`."""
+    chosen = _native_remember_run if isinstance(tag, Native) else _policy_remember_run
+    chosen(tag, pol, p, blk, first, g, table, slot, chain, at, start, stop, log)
 
 
 def give_back(tag, pol, p, blk, first, g, table, n, log):
@@ -202,10 +245,18 @@ def _take_block(tag, pol, blk, first, g, key):
     return lambda tag, pol, blk, first, g, key: chosen(tag, pol, blk, first, g, key)
 
 
-@overload(touch)
-def _touch(tag, pol, blk, g, block):
-    chosen = _chosen(tag, _native_touch, _policy_touch)
-    return lambda tag, pol, blk, g, block: chosen(tag, pol, blk, g, block)
+@overload(take_run)
+def _take_run(tag, pol, blk, first, g, chain, at, known, table, slot, start, stop):
+    chosen = _chosen(tag, _native_take_run, _policy_take_run)
+    return lambda tag, pol, blk, first, g, chain, at, known, table, slot, start, stop: chosen(
+        tag, pol, blk, first, g, chain, at, known, table, slot, start, stop
+    )
+
+
+@overload(touch_run)
+def _touch_run(tag, pol, blk, g, table, slot, n):
+    chosen = _chosen(tag, _native_touch_run, _policy_touch_run)
+    return lambda tag, pol, blk, g, table, slot, n: chosen(tag, pol, blk, g, table, slot, n)
 
 
 @overload(remember)
@@ -213,6 +264,14 @@ def _remember(tag, pol, p, blk, first, g, block, identity, log):
     chosen = _chosen(tag, _native_remember, _policy_remember)
     return lambda tag, pol, p, blk, first, g, block, identity, log: chosen(
         tag, pol, p, blk, first, g, block, identity, log
+    )
+
+
+@overload(remember_run)
+def _remember_run(tag, pol, p, blk, first, g, table, slot, chain, at, start, stop, log):
+    chosen = _chosen(tag, _native_remember_run, _policy_remember_run)
+    return lambda tag, pol, p, blk, first, g, table, slot, chain, at, start, stop, log: chosen(
+        tag, pol, p, blk, first, g, table, slot, chain, at, start, stop, log
     )
 
 

@@ -95,7 +95,7 @@ from kvtrace_replay.schedulers.vllm_v1.layout import (
 from kvtrace_replay.schedulers.vllm_v1.queues import enqueue
 from kvtrace_replay.schedulers.vllm_v1.requests import cache_up_to, finish
 from kvtrace_replay.schedulers.vllm_v1.schedule import schedule, wants_tokens
-from kvtrace_replay.schedulers.vllm_v1.steady import FAR, HEAD, coast, first_unsteady, gather, leave
+from kvtrace_replay.schedulers.vllm_v1.steady import FAR, HEAD, coast, copy_row, first_unsteady, gather, leave
 from kvtrace_replay.schedulers.vllm_v1.words import ABORTED, log_arrival, log_output
 from kvtrace_traces.compile import njit
 
@@ -300,9 +300,10 @@ def send(g, req, sch, flights, flight_n, end):
     """The call just made is under way, its output arrives at `end`: it goes before the others in `flights` (few, so
     they move)."""
     for k in range(g[G_FLIGHTS], 0, -1):
-        flight_n[k] = flight_n[k - 1]
+        for field in range(3):
+            flight_n[k, field] = flight_n[k - 1, field]
         for i in range(flight_n[k, F_NAMED]):
-            flights[k, i] = flights[k - 1, i]
+            copy_row(flights, k - 1, i, k, i)
     n = g[G_SCHEDULED]
     flight_n[0, F_NAMED], flight_n[0, F_TOKENS], flight_n[0, F_END] = n, g[G_TOKENS], end
     for i in range(n):
@@ -326,8 +327,7 @@ def is_stuck(p, g, req, order, flight_n):
     return True
 
 
-@njit
-def run(
+def _run(
     tag, pol, p, g, req, blk, first, table, order, chain, chain_at, sch,
     owners, come, gone, flights, flight_n, st, phases, ends, costs, times, gaps, step_ns, rows, log, arrivals,
     arrival_at, room,
@@ -360,7 +360,8 @@ def run(
         ):  # fmt: skip
             continue
         unfinished = g[G_RUNNING] + g[G_WAITING]
-        if unfinished > 0 or g[G_FINISHED_IDS]:
+        # More calls are under way than there may be where a run taken up is scheduled synchronously from here on.
+        if (unfinished > 0 or g[G_FINISHED_IDS]) and g[G_FLIGHTS] < p[P_DEPTH]:
             evictions, preemptions = g[G_EVICTIONS], g[G_PREEMPTIONS]
             schedule(
                 tag, pol, p, g, req, blk, first, table, order, chain, chain_at,
@@ -420,3 +421,9 @@ def run(
             unsteady = first_unsteady(g, req) if late else req[end, R_RUN_NEXT]
             if unsteady >= 0:
                 gather(p, g, req, st, phases, ends, times, chain_at, flights, flight_n, unsteady)
+
+
+# Counting references to the arrays took 40 % of a run: each is an atomic addition, and the arguments outlive the kernel
+# anyway. So nothing in it may allocate, nor assign rows as a whole. A user's policy may: it runs with the counting.
+run = njit(_nrt=False)(_run)
+run_by_policy = njit(_run)

@@ -3,9 +3,7 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 from __future__ import annotations
 
-import numpy as np
-
-from kvtrace_replay.schedulers.vllm_v1.choice import give_back, remember, take_block
+from kvtrace_replay.schedulers.vllm_v1.choice import give_back, remember, remember_run, take_run
 from kvtrace_replay.schedulers.vllm_v1.layout import (
     FINISHED,
     FLAG_STEADY,
@@ -55,14 +53,6 @@ def blocks_of(tokens, block_size):
 
 
 @njit(cache=False)
-def key_of(first, chain, chain_at, request, i):
-    """The identity that block `i` of a request is to hold; where the trace does not know it, one that nothing holds."""
-    if chain_at[request] + i < chain_at[request + 1]:
-        return np.int64(chain[chain_at[request] + i])
-    return np.int64(first.shape[0] - 1)
-
-
-@njit(cache=False)
 def cache_up_to(tag, pol, p, g, req, blk, first, table, chain, chain_at, log, request, tokens):
     """Cache the full blocks of the first `tokens` tokens: `SingleTypeKVCacheManager.cache_blocks`."""
     if not p[P_CACHING]:
@@ -72,16 +62,14 @@ def cache_up_to(tag, pol, p, g, req, blk, first, table, chain, chain_at, log, re
         return
     start, known = chain_at[request], chain_at[request + 1] - chain_at[request]
     slot = req[request, R_SLOT]
-    for i in range(have, full):
-        identity = GUESSED
-        if i < known:
-            identity = chain[start + i]
-        else:
-            g[G_GUESSED] += 1
-            if p[P_LOG]:
-                for nth in range(max(req[request, L_GRANULES], i * p[P_STRIDE]), (i + 1) * p[P_STRIDE]):
-                    log_guess(log, g, request, nth)
-        remember(tag, pol, p, blk, first, g, table[slot, i], identity, log)
+    told = min(max(known, have), full)
+    remember_run(tag, pol, p, blk, first, g, table, slot, chain, start, have, told, log)
+    for i in range(told, full):
+        g[G_GUESSED] += 1
+        if p[P_LOG]:
+            for nth in range(max(req[request, L_GRANULES], i * p[P_STRIDE]), (i + 1) * p[P_STRIDE]):
+                log_guess(log, g, request, nth)
+        remember(tag, pol, p, blk, first, g, table[slot, i], GUESSED, log)
     req[request, R_CACHED] = full
     g[G_FILLED] += full - have
     if p[P_LOG]:
@@ -92,11 +80,11 @@ def cache_up_to(tag, pol, p, g, req, blk, first, table, chain, chain_at, log, re
 def extend(tag, pol, p, g, req, blk, first, table, chain, chain_at, owners, log, request, n):
     """`n` more blocks for a running request: `SingleTypeKVCacheManager.allocate_new_blocks`."""
     slot, have = req[request, R_SLOT], req[request, R_BLOCKS]
-    for i in range(have, have + n):
-        block = take_block(tag, pol, blk, first, g, key_of(first, chain, chain_at, request, i))
-        table[slot, i] = block
-        if p[P_LOG]:
-            log_alloc(log, g, owners, request, block)
+    start = chain_at[request]
+    take_run(tag, pol, blk, first, g, chain, start, chain_at[request + 1] - start, table, slot, have, have + n)
+    if p[P_LOG]:
+        for i in range(have, have + n):
+            log_alloc(log, g, owners, request, table[slot, i])
     req[request, R_BLOCKS] = have + n
 
 

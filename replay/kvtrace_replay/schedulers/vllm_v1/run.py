@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from kvtrace_replay.schedulers.settings import NATIVE, Settings
 from kvtrace_replay.schedulers.vllm_v1 import layout as at
 from kvtrace_replay.schedulers.vllm_v1 import loop
 from kvtrace_replay.schedulers.vllm_v1.choice import ABSENT, Native
+from kvtrace_replay.schedulers.vllm_v1.start import carry_in
 from kvtrace_replay.timing.costs import WORK, StepCosts
 from kvtrace_traces.compile import warm
 from kvtrace_traces.errors import KvtraceError, UsageError
@@ -30,6 +31,7 @@ STEP_ROWS = 1 << 16
 LOG_WORDS = 1 << 20
 GAPS = 1 << 16
 run_compiled: Any = loop.run
+run_by_policy: Any = loop.run_by_policy
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,16 +95,20 @@ def compile_for(recorded: Recorded, settings: Settings) -> None:
 
     Raises KvtraceError for a policy that does not compile.
     """
-    state = _state(recorded, settings, "all")
+    state = _state(replace(recorded, start=None), settings, "all")
     words = np.zeros(1, np.uint32)
     try:
-        warm(run_compiled, (*state.values(), words, words, np.zeros(1, np.int64), 0))
+        warm(_kernel(settings), (*state.values(), words, words, np.zeros(1, np.int64), 0))
     except NumbaError as error:
         if settings.policy == NATIVE:
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = next((line for line in lines[1:] if "Error" in line or ": " in line), lines[0])
         raise KvtraceError(f"policy {settings.policy!r} does not compile: {reason}") from error
+
+
+def _kernel(settings: Settings) -> Any:
+    return run_compiled if settings.policy == NATIVE else run_by_policy
 
 
 def simulate_run(recorded: Recorded, settings: Settings, **options: Any) -> Run:
@@ -135,10 +141,13 @@ def run_in_pieces(
         arrival_words: the words of each request's arrival and where they begin (`schedulers.log`); without, no log.
         fast: let requests that only decode pass many steps at once; False goes through each of them, for tests.
 
-    Raises UsageError where some request can never be served at these settings.
+    Raises UsageError where some request can never be served at these settings, and where a run under way that the
+    trace begins with cannot be taken up at them (`carried.Start.at`).
     """
     if arrivals == "time" and costs is None:
         raise UsageError("--arrivals time needs to know what a step costs: name a profile with --timing")
+    if recorded.start is not None:
+        recorded = replace(recorded, start=recorded.start.at(settings))
     _check_sizes(recorded, settings)
     state = _state(recorded, settings, arrivals, costs, step_rows, arrival_words is not None, fast)
     words, word_at = arrival_words or (np.zeros(1, np.uint32), np.zeros(recorded.n_requests + 1, np.int64))
@@ -149,10 +158,10 @@ def run_in_pieces(
     rows: list[I32] = []
     gaps: list[I64] = []
     steps: list[I64] = []
-    seconds, status = 0.0, at.FULL
+    seconds, status, kernel = 0.0, at.FULL, _kernel(settings)
     while status == at.FULL:
         begin = time.perf_counter()
-        status = run_compiled(*state.values(), log, words, word_at, room)
+        status = kernel(*state.values(), log, words, word_at, room)
         seconds += time.perf_counter() - begin
         if step_rows:
             rows.append(state["rows"][: g[at.G_STEP_ROWS]].copy())
@@ -171,7 +180,7 @@ def run_in_pieces(
     if costs is not None:
         clock = Clock(
             duration_ns=int(g[at.G_NOW]),
-            times=state["times"],
+            times=_since_begin(recorded, state["times"]),
             gaps=np.concatenate(gaps),
             steps=np.concatenate(steps) if steps else np.zeros((0, 2), np.int64),
         )
@@ -189,13 +198,28 @@ def run_in_pieces(
         finished=int(g[at.G_FINISHED]),
         guessed=int(g[at.G_GUESSED]),
         events=int(g[at.G_EVENTS]),
-        requests=state["req"][:-1, at.O_FIRST : at.O_HIT + 1].copy(),
+        requests=_outcomes(recorded, state["req"]),
         preempted=state["req"][:-1, at.R_PREEMPTIONS].copy(),
         tokens=state["req"][:-1, at.R_TOKENS].copy(),
         rows=np.concatenate(rows) if rows else np.zeros((0, at.S_FIELDS), np.int32),
         clock=clock,
         seconds=seconds,
     )
+
+
+def _outcomes(recorded: Recorded, req: I32) -> I32:
+    """What became of each request; the first step of those that had begun before the trace did is not in it."""
+    out = req[:-1, at.O_FIRST : at.O_HIT + 1].copy()
+    if recorded.start is not None:
+        out[: recorded.start.n_requests][recorded.start.begun, 0] = -1
+    return out
+
+
+def _since_begin(recorded: Recorded, times: I64) -> I64:
+    """`Clock.times`: of requests that were under way at the begin only the last is told."""
+    if recorded.start is not None:
+        times[: recorded.start.n_requests, : at.T_LAST] = -1
+    return times
 
 
 def _state(
@@ -209,10 +233,11 @@ def _state(
 ) -> dict[str, Any]:
     """The arrays of a run, in the order of the kernel's arguments."""
     n, blocks = recorded.n_requests, settings.num_blocks
-    slots = min(settings.max_num_seqs, n)
+    slots = _slots(recorded, settings)
     chain, chain_at = recorded.blocks(settings.block_size)
     identities = int(recorded.hashes.size)
     longest = int(recorded.stop.max(initial=1)) + 2 * settings.depth
+    most_outputs = int((recorded.stop - recorded.prompt).max(initial=1)) + 2 * settings.depth
     req = np.zeros((n + 1, at.R_FIELDS), np.int32)
     req[:, at.R_SLOT] = -1
     req[n, [at.R_RUN_NEXT, at.R_RUN_PREV, at.R_WAIT_NEXT, at.R_WAIT_PREV]] = n
@@ -235,13 +260,13 @@ def _state(
     blk = np.zeros((blocks + 1, at.B_FIELDS), np.int32)
     blk[:, at.B_IDENTITY] = at.NO_IDENTITY
     # The free queue: 1, 2, ... in order; block 0 is the null block.
-    queue = np.concatenate([[blocks], np.arange(1, blocks), [blocks]]).astype(np.int32)
-    blk[queue[:-1], at.B_NEXT] = queue[1:]
-    blk[queue[1:], at.B_PREV] = queue[:-1]
+    number = np.arange(blocks + 1, dtype=np.int32)
+    blk[1:blocks, at.B_NEXT], blk[blocks, at.B_NEXT] = number[2:], 1
+    blk[2:, at.B_PREV], blk[1, at.B_PREV] = number[1:-1], blocks
     g = np.zeros(at.G_FIELDS, np.int64)
     g[at.G_FREE], g[at.G_SLOTS] = blocks - 1, slots
     tag, pol = _policy(recorded, settings, chain, chain_at)
-    return {
+    state = {
         "tag": tag,
         "pol": pol,
         "p": _parameters(recorded, settings, step_rows, logged, fast, costs is not None, arrivals == "time"),
@@ -261,13 +286,22 @@ def _state(
         "flight_n": np.zeros((settings.depth + 1, 3), np.int64),
         "st": st,
         "phases": _empty_lists(settings.block_size),
-        "ends": _empty_lists(1 << int(longest).bit_length()),
+        "ends": _empty_lists(1 << most_outputs.bit_length()),
         "costs": np.zeros(len(WORK) + 1) if costs is None else costs.array(),
         "times": np.full((n if costs else 1, 4), -1, np.int64),
         "gaps": np.zeros((GAPS + 2 * slots if costs else 1, 2), np.int64),
         "step_ns": np.zeros((STEP_ROWS if step_rows else 1, 2), np.int64),
         "rows": np.zeros((STEP_ROWS if step_rows else 1, at.S_FIELDS), np.int32),
     }
+    if recorded.start is not None:
+        carry_in(recorded.start, recorded, settings, state)
+    return state
+
+
+def _slots(recorded: Recorded, settings: Settings) -> int:
+    """Most requests that run at once."""
+    running = 0 if recorded.start is None else recorded.start.running.size
+    return max(min(settings.max_num_seqs, recorded.n_requests), running)
 
 
 def _policy(recorded: Recorded, settings: Settings, chain: I32, chain_at: I64) -> tuple[Any, tuple[Any, ...]]:
@@ -343,7 +377,7 @@ def _room(recorded: Recorded, settings: Settings, aborted: I64) -> int:
     """Words that a call, its output and the aborts between them can log at most."""
     early = aborted[aborted[:, at.A_LATE] == 0, at.A_DUE]
     aborts = int(np.unique(early, return_counts=True)[1].max(initial=0))
-    slots = min(settings.max_num_seqs, recorded.n_requests)
+    slots = _slots(recorded, settings)
     per_block = 8 + 4 * recorded.stride(settings.block_size)
     return 2 * per_block * settings.num_blocks + 64 * slots + 8 * aborts + 256
 

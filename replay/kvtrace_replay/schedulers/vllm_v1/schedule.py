@@ -6,7 +6,8 @@ from __future__ import annotations
 import numpy as np
 
 from kvtrace_replay.schedulers.families import VICTIM_INDEX_IF_SCHEDULED, VICTIM_STAYS_SCHEDULED
-from kvtrace_replay.schedulers.vllm_v1.choice import take_block, touch
+from kvtrace_replay.schedulers.vllm_v1.blocks import row
+from kvtrace_replay.schedulers.vllm_v1.choice import take_run, touch_run
 from kvtrace_replay.schedulers.vllm_v1.layout import (
     B_REFS,
     BY_CHEAPEST,
@@ -87,7 +88,7 @@ from kvtrace_replay.schedulers.vllm_v1.layout import (
     ST_ORDER,
 )
 from kvtrace_replay.schedulers.vllm_v1.queues import append_running, link_waiting, pop_heap, push_heap, unlink_waiting
-from kvtrace_replay.schedulers.vllm_v1.requests import blocks_of, cache_up_to, extend, key_of, preempt
+from kvtrace_replay.schedulers.vllm_v1.requests import blocks_of, cache_up_to, extend, preempt
 from kvtrace_replay.schedulers.vllm_v1.steady import (
     FAR,
     can_stay_steady,
@@ -185,7 +186,8 @@ def unschedule(g, sch, request):
         if sch[i, 0] == request:
             tokens = sch[i, 1]
             for j in range(i, n - 1):
-                sch[j] = sch[j + 1]
+                for field in range(3):
+                    sch[j, field] = sch[j + 1, field]
             g[G_SCHEDULED] = n - 1
             return tokens
     return 0
@@ -254,7 +256,7 @@ def longest_hit(p, req, first, chain, chain_at, request):
     start = chain_at[request]
     most = min((req[request, R_TOKENS] - 1) // p[P_BLOCK_SIZE], chain_at[request + 1] - start)
     hit = 0
-    while hit < most and first[chain[start + hit]] >= 0:
+    while hit < most and first[row(chain[np.uintp(start + hit)])] >= 0:
         hit += 1
     return hit
 
@@ -279,30 +281,28 @@ def admit(
     if not p[P_CHUNKED] and tokens > budget:
         return -1 if p[P_PASSES_LONG] else 0
     tokens = min(tokens, budget)
-    # Hit blocks that nobody uses are in the free queue, and will leave it.
-    idle = 0
     start = chain_at[request]
-    for i in range(hit):
-        if blk[first[chain[start + i]], B_REFS] == 0:
-            idle += 1
     spare = p[P_WATERMARK] if g[G_RUNNING] > 0 else 0
-    if p[P_GATE]:
-        whole = blocks_of(min(known, p[P_MAX_LEN]), size)
-        if max(whole - hit, 0) + idle + spare > g[G_FREE]:
-            return 0
     need = max(blocks_of(min(computed + tokens, p[P_MAX_LEN]), size) - hit, 0)
-    if need + idle + spare > g[G_FREE]:
-        return 0
+    most = need
+    if p[P_GATE]:
+        most = max(most, blocks_of(min(known, p[P_MAX_LEN]), size) - hit)
+    if most + hit + spare > g[G_FREE]:  # else there is room, however many of the hits are idle
+        # Hit blocks that nobody uses are in the free queue, and will leave it.
+        idle = 0
+        for i in range(hit):
+            if blk[first[chain[start + i]], B_REFS] == 0:
+                idle += 1
+        if most + idle + spare > g[G_FREE]:
+            return 0
 
     g[G_SLOTS] -= 1
     slot = st[g[G_SLOTS], ST_FREE]
     req[request, R_SLOT] = slot
     for i in range(hit):
-        block = first[chain[start + i]]
-        touch(tag, pol, blk, g, block)
-        table[slot, i] = block
-    for i in range(hit, hit + need):
-        table[slot, i] = take_block(tag, pol, blk, first, g, key_of(first, chain, chain_at, request, i))
+        table[slot, i] = first[row(chain[np.uintp(start + i)])]
+    touch_run(tag, pol, blk, g, table, slot, hit)
+    take_run(tag, pol, blk, first, g, chain, start, chain_at[request + 1] - start, table, slot, hit, hit + need)
     req[request, R_BLOCKS] = hit + need
     req[request, R_CACHED] = hit
     if p[P_LOG]:

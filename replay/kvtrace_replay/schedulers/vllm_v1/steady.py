@@ -223,12 +223,19 @@ def gather(p, g, req, st, phases, ends, times, chain_at, flights, flight_n, requ
 
 
 @njit(cache=False)
+def copy_row(flights, call, i, to, k):
+    """Entry `i` of a call under way to entry `k` of another."""
+    for field in range(3):
+        flights[to, k, field] = flights[call, i, field]
+
+
+@njit(cache=False)
 def drop_steady(req, flights, flight_n):
     """The newest call names the requests not steady alone."""
     kept = 0
     for i in range(flight_n[0, F_NAMED]):
         if not req[flights[0, i, 0], R_FLAGS] & FLAG_STEADY:
-            flights[0, kept] = flights[0, i]
+            copy_row(flights, 0, i, 0, kept)
             kept += 1
     flight_n[0, F_NAMED] = kept
 
@@ -238,16 +245,16 @@ def dissolve(p, g, req, st, phases, ends, times, flights, flight_n):
     """Between calls: nobody is steady any more, and the call under way names all its requests, in order."""
     end = req.shape[0] - 1
     named = flight_n[0, F_NAMED] if g[G_FLIGHTS] > 0 else 0
-    spare = flights[flights.shape[0] - 1]
+    spare = flights.shape[0] - 1
     for i in range(named):
-        spare[i] = flights[0, i]
+        copy_row(flights, 0, i, spare, i)
     i, n = 0, 0
     request = req[end, R_RUN_NEXT]
     while request != end:
         if req[request, R_FLAGS] & FLAG_STEADY:
             order = st[req[request, R_SLOT], ST_ORDER]
-            while i < named and order_of(req, st, spare[i, 0]) < order:
-                flights[0, n] = spare[i]
+            while i < named and order_of(req, st, flights[spare, i, 0]) < order:
+                copy_row(flights, spare, i, 0, n)
                 n, i = n + 1, i + 1
             leave(p, g, req, st, phases, ends, times, request)
             if g[G_FLIGHTS] > 0:
@@ -255,7 +262,7 @@ def dissolve(p, g, req, st, phases, ends, times, flights, flight_n):
                 n += 1
         request = req[request, R_RUN_NEXT]
     while i < named:
-        flights[0, n] = spare[i]
+        copy_row(flights, spare, i, 0, n)
         n, i = n + 1, i + 1
     if g[G_FLIGHTS] > 0:
         flight_n[0, F_NAMED] = n

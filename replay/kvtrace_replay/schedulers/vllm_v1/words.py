@@ -60,7 +60,8 @@ def log_arrival(p, log, g, words, start, stop, came):
     at = g[G_LOG]
     if not p[P_TIMED]:
         came = g[G_OUTPUT]
-    log[at : at + stop - start] = words[start:stop]
+    for i in range(stop - start):
+        log[at + i] = words[start + i]
     log[at + 1] = np.uint32(came & 0xFFFFFFFF)
     log[at + 2] = np.uint32(came >> 32)
     g[G_LOG] = at + stop - start

@@ -33,6 +33,7 @@ from kvtrace_replay.schedulers.vllm_v1.offload.layout import (
     L_NO_READ,
     LOADING,
     LOADING_NOW,
+    LOG_ASKED,
     LOG_LOOKUP,
     NOW,
     NOWHERE,
@@ -116,8 +117,9 @@ def reserved(s):
 
 
 @njit(cache=False, **INNER)
-def give_slots(s, request, tokens, hit, computed, load):
-    """`KVCacheManager.allocate_slots` for a request that waits. Returns whether there was room."""
+def give_slots(s, request, tokens, hit, computed, load, asked):
+    """`KVCacheManager.allocate_slots` for a request that waits. Returns whether there was room. `asked`: tokens found
+    by a lookup, -1 for none."""
     g, req = s.g, s.req
     idle, start = 0, s.chain_at[request]
     for i in range(hit):
@@ -136,6 +138,8 @@ def give_slots(s, request, tokens, hit, computed, load):
     if req[request, R_SLOT] < 0:
         req[request, R_SLOT] = take_slot(s)
     slot = req[request, R_SLOT]
+    if req[request, R_BLOCKS] == 0:
+        write(s, LOG_ASKED, request, req[request, R_TOKENS], asked + 1, 0, 0, 0)
     for i in range(hit):
         block = s.first[s.chain[start + i]]
         touch(s.blk, g, block)
@@ -190,11 +194,12 @@ def admit(s, request, limit):
         if not s.p[P_CHUNKED] and tokens > g[G_BUDGET]:
             return 0
         tokens = min(tokens, g[G_BUDGET])
-    if not give_slots(s, request, tokens, hit, computed, loads > 0):
+    looks = fresh and s.p[P_CACHING] and not req[request, L_NO_READ]
+    if not give_slots(s, request, tokens, hit, computed, loads > 0, hit * size if looks else np.int64(-1)):
         return 0
     if loads > 0:
         plan_load(s, request, loads)
-    if fresh and s.p[P_CACHING] and not req[request, L_NO_READ]:
+    if looks:
         after = 1 if req[request, R_PREEMPTIONS] > 0 else 0
         write(s, LOG_LOOKUP, g[G_BEGUN], request, known, hit * size, after, 0)
         g[G_HIT_TOKENS] += hit * size

@@ -1,4 +1,4 @@
-"""The connector beside the scheduler, and its worker: `kv_connector/v1/offloading/scheduler.py`, `worker.py` (0.32.0).
+"""The connector beside the scheduler: `kv_connector/v1/offloading/scheduler.py` (0.32.0).
 
 For one group of full attention. Where vLLM goes through the set of finished requests, they come in the order in which
 they finished. A job, a store or load of one request, has lists of its chunks and of the blocks that it reads.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from kvtrace_replay.schedulers.vllm_v1.layout import G_NOW
 from kvtrace_replay.schedulers.vllm_v1.offload.layout import (
     ALL,
     B_HAND,
@@ -25,16 +26,18 @@ from kvtrace_replay.schedulers.vllm_v1.offload.layout import (
     G_SCHEDULED,
     G_STAMP,
     G_STORES,
-    G_UNDER_WAY,
-    G_WAITS,
     GONE,
     I_BEING,
     I_MARK,
     I_READERS,
     INNER,
     J_ASKED,
+    J_BEGIN,
     J_BLOCKS,
+    J_COUNT,
+    J_END,
     J_FENCED,
+    J_FIRST,
     J_FLUSH,
     J_KEYS,
     J_LOAD,
@@ -50,10 +53,16 @@ from kvtrace_replay.schedulers.vllm_v1.offload.layout import (
     L_PROMPT,
     LOADED,
     LOADS,
+    LOG_ENDED,
+    LOG_MOVE,
     LOG_MOVED,
+    M_BEGAN,
     M_BLOCKS,
     M_DONE,
+    M_ENDED,
+    M_HEARD,
     M_LOAD,
+    M_PLANNED,
     M_REQUEST,
     M_STEP,
     M_TOKENS,
@@ -64,7 +73,6 @@ from kvtrace_replay.schedulers.vllm_v1.offload.layout import (
     P_BLOCK_SIZE,
     P_CACHING,
     P_CHUNK_BLOCKS,
-    P_POLLS,
     P_PROMPT_ONLY,
     R_BLOCKS,
     R_COMPUTED,
@@ -74,8 +82,6 @@ from kvtrace_replay.schedulers.vllm_v1.offload.layout import (
     STORED,
     STORES,
     STORING,
-    WAITING_FOR,
-    WORKING,
 )
 from kvtrace_replay.schedulers.vllm_v1.offload.tier import (
     begin_load,
@@ -86,6 +92,7 @@ from kvtrace_replay.schedulers.vllm_v1.offload.tier import (
     note,
     prepare_store,
     write,
+    write_time,
 )
 from kvtrace_replay.schedulers.vllm_v1.words import ABORTED
 from kvtrace_traces.compile import njit
@@ -147,6 +154,7 @@ def new_job(s, request, load, tokens):
     s.job[job, J_REQUEST], s.job[job, J_LOAD], s.job[job, J_TOKENS] = request, load, tokens
     s.job[job, J_KEYS], s.job[job, J_BLOCKS] = -1, -1
     s.job[job, J_FENCED], s.job[job, J_FLUSH], s.job[job, J_ASKED] = 0, 0, 0
+    s.job[job, J_COUNT], s.job[job, J_FIRST], s.job[job, J_BEGIN], s.job[job, J_END] = 0, -1, -1, -1
     s.req[request, K_JOBS] += 1
     return job
 
@@ -200,13 +208,17 @@ def plan_load(s, request, tokens):
 
 @njit(cache=False, **INNER)
 def write_move(s, job, count):
+    """The job, of `count` blocks, is planned."""
     g, n = s.g, s.g[N_MOVES]
-    s.job[job, J_ROW] = n
+    load, request, tokens = s.job[job, J_LOAD], s.job[job, J_REQUEST], s.job[job, J_TOKENS]
+    s.job[job, J_ROW], s.job[job, J_COUNT] = n, count
     if n < s.moves.shape[0]:
         row = s.moves[n]
-        row[M_STEP], row[M_LOAD], row[M_REQUEST] = g[G_BEGUN], s.job[job, J_LOAD], s.job[job, J_REQUEST]
-        row[M_BLOCKS], row[M_TOKENS], row[M_DONE] = count, s.job[job, J_TOKENS], -1
+        row[M_STEP], row[M_LOAD], row[M_REQUEST] = g[G_BEGUN], load, request
+        row[M_BLOCKS], row[M_TOKENS], row[M_DONE] = count, tokens, -1
+        row[M_PLANNED], row[M_BEGAN], row[M_ENDED], row[M_HEARD] = g[G_NOW], -1, -1, -1
     g[N_MOVES] = n + 1
+    write(s, LOG_MOVE, n, request, load, tokens, s.job[job, J_FIRST], count)
 
 
 @njit(cache=False, **INNER)
@@ -244,6 +256,7 @@ def plan(s):
         last = (req[request, K_LOCAL] + s.job[job, J_TOKENS] + size - 1) // size
         for k in range(first, last):
             move_block(s, s.table[slot, k])
+        s.job[job, J_FIRST] = first
         write_move(s, job, last - first)
     g[G_STORES] = 0
     for i in range(g[G_SCHEDULED]):
@@ -310,18 +323,21 @@ def plan_store(s, request, tokens, gone):
         return
     job = new_job(s, request, 0, 0)
     slot = req[request, R_SLOT]
-    count = 0
+    count, first, last = 0, -1, -1
     for c in range(chunks - 1, start - 1, -1):
         key = chunk_key(s, request, c)
         if s.ids[key, I_MARK] == -s.g[G_STAMP]:
             push_key(s, job, c)
             count += per
+            first, last = c, max(last, c)
             for k in range(per - 1, -1, -1):
                 push_block(s, job, s.table[slot, c * per + k])
     node = s.job[job, J_BLOCKS]
     while node >= 0:
         move_block(s, s.nodes[node, 2])
         node = s.nodes[node, 3]
+    if (last + 1 - first) * per == count:  # they follow one another in the request's table
+        s.job[job, J_FIRST] = first * per
     write_move(s, job, count)
     s.jobs[STORES, s.g[G_STORES]] = job
     s.g[G_STORES] += 1
@@ -352,50 +368,6 @@ def flush(s, request):
 
 
 @njit(cache=False, **INNER)
-def submit(s, job):
-    """The worker begins a transfer."""
-    s.job[job, J_ASKED] = s.p[P_POLLS] if s.job[job, J_FLUSH] else 0
-    s.jobs[WORKING, s.g[G_UNDER_WAY]] = job
-    s.g[G_UNDER_WAY] += 1
-
-
-@njit(cache=False, **INNER)
-def work(s, ended):
-    """`OffloadingConnectorWorker` in one step: stores wait for the next step unless they are flushed. Writes the jobs
-    that are done to `ended`, and returns how many."""
-    g = s.g
-    for i in range(g[G_WAITS]):
-        submit(s, np.int64(s.jobs[WAITING_FOR, i]))
-    g[G_WAITS] = 0
-    for i in range(g[G_STORES]):
-        job = np.int64(s.jobs[STORES, i])
-        if s.job[job, J_FLUSH]:
-            submit(s, job)
-        else:
-            s.jobs[WAITING_FOR, g[G_WAITS]] = job
-            g[G_WAITS] += 1
-    for i in range(g[G_UNDER_WAY]):
-        job = s.jobs[WORKING, i]
-        if s.job[job, J_FLUSH]:
-            s.job[job, J_ASKED] = s.p[P_POLLS]
-    for i in range(g[G_LOADS]):
-        submit(s, np.int64(s.jobs[LOADS, i]))
-    g[G_LOADS] = 0
-    n, left = 0, 0
-    for i in range(g[G_UNDER_WAY]):
-        job = s.jobs[WORKING, i]
-        if s.job[job, J_ASKED] >= s.p[P_POLLS]:
-            ended[n] = job
-            n += 1
-        else:
-            s.job[job, J_ASKED] += 1
-            s.jobs[WORKING, left] = job
-            left += 1
-    g[G_UNDER_WAY] = left
-    return n
-
-
-@njit(cache=False, **INNER)
 def hear(s, ended, n, loaded):
     """`update_connector_output`: jobs have ended. Writes to `loaded` the requests whose blocks are there now, and
     returns how many."""
@@ -405,6 +377,8 @@ def hear(s, ended, n, loaded):
         request, load = s.job[job, J_REQUEST], s.job[job, J_LOAD]
         if s.job[job, J_ROW] < s.moves.shape[0]:
             s.moves[s.job[job, J_ROW], M_DONE] = max(g[G_BEGUN] - 1, 0)
+            s.moves[s.job[job, J_ROW], M_HEARD] = g[G_NOW]
+        write_time(s, LOG_ENDED, s.job[job, J_ROW], g[G_NOW])
         node, count = s.job[job, J_KEYS], 0
         while node >= 0:
             node, count = s.nodes[node, 1], count + 1

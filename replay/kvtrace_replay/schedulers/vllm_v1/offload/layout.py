@@ -28,11 +28,14 @@ WAITS, HOLDS, RUNS, NOWHERE = range(4)
 (
     P_BLOCK_SIZE, P_MAX_SEQS, P_BUDGET, P_MAX_BATCHED, P_CACHING, P_CHUNKED, P_LONG, P_ADAPTIVE, P_PRIORITY, P_ASYNC,
     P_WATERMARK, P_GATE, P_UNCACHED_FIRST, P_MAX_LEN, P_SKIPS_FINISHING, P_CHUNK_BLOCKS, P_CHUNKS, P_ARC, P_THRESHOLD,
-    P_PROMPT_ONLY, P_POLLS, P_PATIENCE, P_LOG,
-) = range(23)  # fmt: skip
-P_FIELDS = 24
+    P_PROMPT_ONLY, P_POLLS, P_PATIENCE, P_LOG, P_TIMED, P_BY_TIME,
+) = range(25)  # fmt: skip
+P_FIELDS = 28
 
-# The run: `g`, int64. The first 64 are those of `vllm_v1.layout`, of which the pool uses some.
+# The run: `g`, int64. The first 64 are those of `vllm_v1.layout`, of which the pool and the clock use some. G_LINK_OUT,
+# G_LINK_IN: when each direction of the link is free; G_OUT: when the last of the outputs under way arrives; G_LAST:
+# when the last one with tokens did; G_QUIET: whether the last call changed nothing; G_EVICTED: evictions up to the last
+# step; G_FLIGHT: of each call under way, its requests, the transfers that end with it, and when its output arrives.
 (
     G_BEGUN, G_BUDGET, G_SCHEDULED, G_PREEMPTED, G_CALL_PREEMPTED, G_EMPTY, G_EMPTY_ROW, G_CALL, G_ARRIVED, G_ABORTS,
     G_SLOTS, G_GONE, G_LEFT, G_JOBS, G_JOBS_FREE, G_KEYS_FREE, G_BLOCKS_FREE, G_LOADS, G_STORES, G_WAITS, G_UNDER_WAY,
@@ -40,13 +43,23 @@ P_FIELDS = 24
     G_HIT_TOKENS, G_LOOKUP_TOKENS, G_LOADED_TOKENS, G_STORED_BLOCKS, G_LOADED_BLOCKS, G_TIER_EVICTIONS, G_REFUSED,
     G_RUNNING,
     G_WAITING, G_HOLDING, G_GUESSED, G_LOADING,
-    G_LOG, N_MOVES, G_FLIGHT,
-) = range(64, 110)  # fmt: skip
+    G_LOG, N_MOVES, G_LINK_OUT, G_LINK_IN, G_OUT, G_LAST, G_QUIET, G_EVICTED, G_FLIGHT,
+) = range(64, 116)  # fmt: skip
+F_NAMED, F_ENDED, F_END = range(3)
+F_FIELDS = 3
 G_FIELDS = 128
 
 # Jobs: `job`, int64[., J_FIELDS]: keys and blocks are heads of lists through `keys` and `held`.
-J_REQUEST, J_LOAD, J_KEYS, J_BLOCKS, J_ROW, J_FENCED, J_FLUSH, J_ASKED, J_TOKENS = range(9)
-J_FIELDS = 9
+(
+    J_REQUEST, J_LOAD, J_KEYS, J_BLOCKS, J_ROW, J_FENCED, J_FLUSH, J_ASKED, J_TOKENS, J_COUNT, J_FIRST, J_BEGIN, J_END,
+) = range(13)  # fmt: skip
+J_FIELDS = 13
+
+# `real`, float64: ARC's target; what calls cost (`timing.costs.StepCosts.array`); what transfers cost, out and in
+# (`timing.costs.TransferCosts.array`).
+F_TARGET, F_CALL, F_PREFILL, F_PAIR, F_ROW, F_CONTEXT = range(6)
+F_OUT, F_IN = 9, 11  # of each direction: once, and for a block
+REALS = 13
 
 # Which list a chunk is in: `where`, by identity. LRU uses T1 alone. `lists`, int64[5, 3]: head, tail, length.
 NONE, T1, T2, B1, B2 = range(5)
@@ -58,15 +71,30 @@ SEEN, INSERTED, REUSED, MISSED = 1, 2, 4, 8
 #: What the tier did: codes of LOG_TIER, with how many chunks; these follow one by one, with code -1.
 TIER_OPS = ("evict", "store", "stored", "load", "loaded", "refuse")
 EVICT, STORE, STORED, LOAD, LOADED, REFUSE = range(6)
-# Transfers: `moves`, int32[., M_FIELDS].
-M_STEP, M_LOAD, M_REQUEST, M_BLOCKS, M_TOKENS, M_DONE = range(6)
-M_FIELDS = 6
+# Transfers: `moves`, int64[., M_FIELDS]: as OffloadRun tells them; then, in ns, when its call was made, the copy begun
+# and ended, and the scheduler heard of it.
+M_STEP, M_LOAD, M_REQUEST, M_BLOCKS, M_TOKENS, M_DONE, M_PLANNED, M_BEGAN, M_ENDED, M_HEARD = range(10)
+M_FIELDS = 10
 # The log, `log`, int32[., 7]: what, and up to six values: (step, kind, request, block, identity); (step, request,
 # tokens, computed before) of each in a step; (requests, free blocks, running, waiting, preempted, empty calls) of a
 # step; (step, request, tokens asked, tokens hit, after preemption); (step, request, blocks, tokens); a block of the
-# next row of `moves`; (code, value) of the tier.
-LOG_EVENT, LOG_ROW, LOG_STEP, LOG_LOOKUP, LOG_PREEMPTION, LOG_MOVED, LOG_TIER = range(7)
+# next row of `moves`; (code, value) of the tier. The others are for a trace of the run (`words`): a call begins (0,
+# time); an output arrives (0, time); a request comes (request, time); one that waits gets blocks
+# (request, tokens asked, tokens hit + 1 or 0); it ends (request, reason, output tokens); a transfer begins (its row,
+# request, whether a load, tokens, place of its first block in the request's table or -1, blocks); it ends (its row,
+# time); a call without tokens ends (free blocks, running, waiting).
+(
+    LOG_EVENT, LOG_ROW, LOG_STEP, LOG_LOOKUP, LOG_PREEMPTION, LOG_MOVED, LOG_TIER,
+    LOG_CALL, LOG_OUTPUT, LOG_CAME, LOG_ASKED, LOG_FINISH, LOG_MOVE, LOG_ENDED, LOG_EMPTY,
+) = range(15)  # fmt: skip
 LOG_FIELDS = 7
+LOW_SIZE = 31
+LOW_BITS = (1 << LOW_SIZE) - 1  # of a time: the first of its two values; the other has the rest
+
+# Steps: `rows`, int64[., S_FIELDS]: the columns `S_*` of `vllm_v1.layout`, then begin and end in ns, blocks in the
+# tier, and requests that wait for a load.
+S_BEGIN, S_END, S_TIER, S_LOADING = range(9, 13)
+S_FIELDS = 13
 
 # Chunks, by identity: `ids`, int64[., 7]: links of the list that it is in, loads that read it, how often it was on
 # offer, the last offer that it was part of (negative if that stored it), its list, whether it is being loaded.
@@ -104,7 +132,7 @@ class State(NamedTuple):
     flags: Any  # uint8, as chain
     ids: Any
     lists: Any
-    target: Any  # float64[1], of ARC
+    real: Any  # float64[REALS]
     job: Any
     nodes: Any  # int32[., 4]: chunk of a request's chain, next; block, next
     jobs: Any  # int32[JOB_LISTS, .]
@@ -115,3 +143,6 @@ class State(NamedTuple):
     aborts: Any
     log: Any
     moves: Any
+    times: Any  # int64[n, 4], `vllm_v1.layout.T_*`
+    gaps: Any  # int64[., 2]: ns between two tokens of a request, how many such pairs
+    rows: Any

@@ -11,7 +11,10 @@ from __future__ import annotations
 import numpy as np
 
 from kvtrace_replay.schedulers.vllm_v1.layout import (
+    G_DEVICE,
     G_FREE,
+    G_NOW,
+    T_ARRIVED,
     X_DUE,
     X_REQUEST,
 )
@@ -19,15 +22,27 @@ from kvtrace_replay.schedulers.vllm_v1.offload.admission import (
     put,
     schedule_waiting,
 )
+from kvtrace_replay.schedulers.vllm_v1.offload.clock import (
+    call_cost,
+    go_on,
+    note_step,
+    note_times,
+    note_token,
+    position,
+    taken_up,
+)
 from kvtrace_replay.schedulers.vllm_v1.offload.connector import (
     hear,
     plan,
-    work,
 )
 from kvtrace_replay.schedulers.vllm_v1.offload.layout import (
     ABSENT,
     DONE,
     ENDED,
+    F_END,
+    F_ENDED,
+    F_FIELDS,
+    F_NAMED,
     FINISHED,
     G_ABORTS,
     G_ARRIVED,
@@ -45,12 +60,19 @@ from kvtrace_replay.schedulers.vllm_v1.offload.layout import (
     G_HOLDING,
     G_IDLE,
     G_JOBS,
+    G_LAST,
     G_LEFT,
+    G_LOADS,
+    G_OUT,
     G_PREEMPTED,
+    G_QUIET,
     G_RUNNING,
     G_SCHEDULED,
+    G_STORES,
     G_WAITING,
+    HOLDS,
     INNER,
+    J_END,
     K_LOADED,
     L_ABORTED,
     L_MOST,
@@ -61,6 +83,10 @@ from kvtrace_replay.schedulers.vllm_v1.offload.layout import (
     LEAVING,
     LIVELOCK,
     LOADING,
+    LOG_CALL,
+    LOG_CAME,
+    LOG_EMPTY,
+    LOG_OUTPUT,
     LOG_ROW,
     LOG_STEP,
     NOW,
@@ -69,6 +95,7 @@ from kvtrace_replay.schedulers.vllm_v1.offload.layout import (
     P_ADAPTIVE,
     P_ASYNC,
     P_BUDGET,
+    P_BY_TIME,
     P_LONG,
     P_MAX_BATCHED,
     P_MAX_LEN,
@@ -76,6 +103,7 @@ from kvtrace_replay.schedulers.vllm_v1.offload.layout import (
     P_POLLS,
     P_PRIORITY,
     P_SKIPS_FINISHING,
+    P_TIMED,
     R_BLOCKS,
     R_CHUNK,
     R_COMPUTED,
@@ -107,7 +135,9 @@ from kvtrace_replay.schedulers.vllm_v1.offload.requests import (
 )
 from kvtrace_replay.schedulers.vllm_v1.offload.tier import (
     write,
+    write_time,
 )
+from kvtrace_replay.schedulers.vllm_v1.offload.worker import ask, begin_loads, begin_stores
 from kvtrace_replay.schedulers.vllm_v1.words import ABORTED
 from kvtrace_traces.compile import njit
 
@@ -184,6 +214,7 @@ def schedule_running(s, limit):
 @njit(cache=False, **INNER)
 def schedule(s):
     g, req = s.g, s.req
+    write_time(s, LOG_CALL, 0, g[G_NOW])
     g[G_CALL] += 1
     g[G_SCHEDULED], g[G_CALL_PREEMPTED] = 0, 0
     g[G_BUDGET] = s.p[P_BUDGET]
@@ -198,6 +229,7 @@ def schedule(s):
         schedule_waiting(s, limit)
     plan(s)
     n = g[G_SCHEDULED]
+    g[G_QUIET] = n + g[G_CALL_PREEMPTED] + g[G_LOADS] + g[G_STORES] == 0
     if n > 0:
         g[G_CALLED] += 1
     for i in range(n):
@@ -221,9 +253,11 @@ def schedule(s):
         waiting = g[G_WAITING] + g[G_HOLDING]
         write(s, LOG_STEP, n, g[G_FREE], g[G_RUNNING], waiting, g[G_PREEMPTED], g[G_EMPTY_ROW])
         g[G_BEGUN] += 1
+        note_step(s, end_of(s, HOLDS))
         g[G_PREEMPTED], g[G_EMPTY_ROW], g[G_EMPTY] = 0, 0, 0
         g[G_IDLE] += 1
     else:
+        write(s, LOG_EMPTY, g[G_FREE], g[G_RUNNING], g[G_WAITING] + g[G_HOLDING], 0, 0, 0)
         g[G_EMPTY_ROW] += 1
         g[G_EMPTY] += 1
 
@@ -232,11 +266,40 @@ def schedule(s):
 
 
 @njit(cache=False, **INNER)
+def send(s):
+    """The call just made goes to the worker: its output and what ends with it are known from here on."""
+    g, of = s.g, s.g[G_FLIGHTS]
+    at = G_FLIGHT + F_FIELDS * of
+    for i in range(g[G_SCHEDULED]):
+        request = s.flight[NOW, i, 0]
+        s.flight[of, i, 0], s.flight[of, i, 1] = request, s.flight[NOW, i, 1]
+        s.flight[of, i, 2] = not s.req[request, R_CHUNK]
+    flushed = begin_stores(s)
+    begin = max(taken_up(s), flushed)
+    if s.p[P_TIMED]:
+        g[G_DEVICE] = begin + call_cost(s, begin)
+    begin_loads(s)
+    ended = s.jobs[ENDED + of]
+    n = ask(s, ended, max(g[G_NOW], flushed))
+    end = max(g[G_DEVICE], g[G_OUT])  # outputs arrive in order
+    for i in range(n):  # where steps decide which end is heard of with it, it waits for the copy
+        end = max(end, s.job[ended[i], J_END])
+    g[G_OUT] = end
+    g[at + F_NAMED], g[at + F_ENDED], g[at + F_END] = g[G_SCHEDULED], n, end
+    note_times(s, begin, end)
+    g[G_FLIGHTS] += 1
+
+
+@njit(cache=False, **INNER)
 def update(s, of):
     """`update_from_output` of the call `of` in `flight`, then what its worker says of transfers."""
     g, req = s.g, s.req
-    n = g[G_FLIGHT + 2 * of]
+    at = G_FLIGHT + F_FIELDS * of
+    n = g[at + F_NAMED]
+    g[G_NOW] = max(g[G_NOW], g[at + F_END])
     if n > 0:
+        write_time(s, LOG_OUTPUT, 0, g[G_NOW])
+        g[G_LAST] = g[G_NOW]
         g[G_DONE] += 1
         free_deferred(s)
     for i in range(n):
@@ -249,6 +312,8 @@ def update(s, of):
             continue
         req[request, R_TOKENS] += 1
         g[G_IDLE] = 0
+        if s.p[P_TIMED]:
+            note_token(s, request)
         if s.p[P_ASYNC]:
             req[request, R_HOLDERS] -= 1
             if status == RUNNING:
@@ -256,7 +321,7 @@ def update(s, of):
         if req[request, R_TOKENS] >= req[request, L_STOP]:
             finish(s, request, req[request, L_REASON])
     loaded = s.jobs[ENDED + 2]
-    many = hear(s, s.jobs[ENDED + of], g[G_FLIGHT + 2 * of + 1], loaded)
+    many = hear(s, s.jobs[ENDED + of], g[at + F_ENDED], loaded)
     for i in range(many):
         request = np.int64(loaded[i])
         if req[request, R_STATUS] == LEAVING:
@@ -269,11 +334,17 @@ def update(s, of):
 
 @njit(cache=False, **INNER)
 def arrive(s, idle):
-    g, due = s.g, s.g[G_BEGUN]
+    g, due = s.g, position(s)
     if idle and g[G_ARRIVED] < s.come.shape[0]:
         due = max(due, s.come[g[G_ARRIVED], X_DUE])
+        if s.p[P_BY_TIME]:
+            g[G_NOW] = due
     while g[G_ARRIVED] < s.come.shape[0] and s.come[g[G_ARRIVED], X_DUE] <= due:
         request = s.come[g[G_ARRIVED], X_REQUEST]
+        came = s.come[g[G_ARRIVED], X_DUE] if s.p[P_BY_TIME] else g[G_NOW]
+        write_time(s, LOG_CAME, request, came)
+        if s.p[P_TIMED]:
+            s.times[request, T_ARRIVED] = came
         s.req[request, R_STATUS], s.req[request, R_TOKENS] = WAITING, s.req[request, L_PROMPT]
         enqueue(s, WAITS, request, False)
         g[G_ARRIVED] += 1
@@ -284,7 +355,7 @@ def arrive(s, idle):
 @njit(cache=False, **INNER)
 def abort(s):
     g = s.g
-    while g[G_ABORTS] < s.aborts.shape[0] and s.aborts[g[G_ABORTS], 0] <= g[G_BEGUN]:
+    while g[G_ABORTS] < s.aborts.shape[0] and s.aborts[g[G_ABORTS], 0] <= position(s):
         request = s.aborts[g[G_ABORTS], 2]
         status = s.req[request, R_STATUS]
         if status == ABSENT:
@@ -298,6 +369,26 @@ def abort(s):
 def unfinished(s):
     g = s.g
     return g[G_RUNNING] + g[G_WAITING] + g[G_HOLDING] > 0 or g[G_GONE] + g[G_LEFT] + g[G_JOBS] > 0
+
+
+@njit(cache=False, **INNER)
+def receive(s):
+    """The output of the oldest call arrives."""
+    g = s.g
+    told = g[G_FLIGHT + F_NAMED] + g[G_FLIGHT + F_ENDED]
+    update(s, 0)
+    if g[G_FLIGHTS] == 2:
+        n, m = g[G_FLIGHT + F_FIELDS + F_NAMED], g[G_FLIGHT + F_FIELDS + F_ENDED]
+        for i in range(n):
+            for k in range(3):
+                s.flight[0, i, k] = s.flight[1, i, k]
+        for i in range(m):
+            s.jobs[ENDED, i] = s.jobs[ENDED + 1, i]
+        for k in range(F_FIELDS):
+            g[G_FLIGHT + k] = g[G_FLIGHT + F_FIELDS + k]
+    g[G_FLIGHTS] -= 1
+    if s.p[P_BY_TIME] and told == 0:
+        go_on(s)
 
 
 @njit(_nrt=False)
@@ -318,26 +409,10 @@ def run(s):
             schedule(s)
             if g[G_EMPTY] > 20 + 2 * s.p[P_POLLS]:
                 return STUCK
-            of = g[G_FLIGHTS]
-            for i in range(g[G_SCHEDULED]):
-                request = s.flight[NOW, i, 0]
-                s.flight[of, i, 0], s.flight[of, i, 1] = request, s.flight[NOW, i, 1]
-                s.flight[of, i, 2] = not s.req[request, R_CHUNK]
-            g[G_FLIGHT + 2 * of] = g[G_SCHEDULED]
-            g[G_FLIGHT + 2 * of + 1] = work(s, s.jobs[ENDED + of])
-            g[G_FLIGHTS] += 1
+            send(s)
             if g[G_FLIGHTS] < depth and (g[G_SCHEDULED] > 0 or unfinished(s)):
                 continue
         if g[G_FLIGHTS] > 0:
-            update(s, 0)
-            if g[G_FLIGHTS] == 2:
-                n, m = g[G_FLIGHT + 2], g[G_FLIGHT + 3]
-                for i in range(n):
-                    for k in range(3):
-                        s.flight[0, i, k] = s.flight[1, i, k]
-                for i in range(m):
-                    s.jobs[ENDED, i] = s.jobs[ENDED + 1, i]
-                g[G_FLIGHT], g[G_FLIGHT + 1] = n, m
-            g[G_FLIGHTS] -= 1
+            receive(s)
         if g[G_IDLE] > s.p[P_PATIENCE]:
             return LIVELOCK

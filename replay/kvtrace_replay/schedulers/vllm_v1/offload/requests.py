@@ -42,10 +42,12 @@ from kvtrace_replay.schedulers.vllm_v1.offload.layout import (
     HOLDS,
     INNER,
     K_LOADED,
+    L_PROMPT,
     L_RANK,
     LEAVING,
     LOADING,
     LOG_EVENT,
+    LOG_FINISH,
     LOG_PREEMPTION,
     NOWHERE,
     O_FINISH,
@@ -68,6 +70,7 @@ from kvtrace_replay.schedulers.vllm_v1.offload.layout import (
     R_QUEUE,
     R_SLOT,
     R_STATUS,
+    R_TOKENS,
     WAITING,
     WAITS,
 )
@@ -235,6 +238,7 @@ def finish(s, request, reason):
     req[request, O_FINISH], req[request, O_REASON] = max(g[G_BEGUN] - 1, 0), reason
     if req[request, R_SLOT] >= 0:
         s.slots[req[request, R_SLOT], 1] += 1  # what it stores is planned with the next call
+    write(s, LOG_FINISH, request, reason, req[request, R_TOKENS] - req[request, L_PROMPT], 0, 0, 0)
     s.gone[g[G_GONE]] = request
     g[G_GONE] += 1
     if leaving:

@@ -15,9 +15,13 @@ from kvtrace_replay.schedulers.settings import NATIVE, Settings
 from kvtrace_replay.schedulers.vllm_v1 import layout as base
 from kvtrace_replay.schedulers.vllm_v1.offload import layout as at
 from kvtrace_replay.schedulers.vllm_v1.offload import loop
+from kvtrace_replay.schedulers.vllm_v1.offload.arrays import state as arrays
+from kvtrace_replay.schedulers.vllm_v1.run import Clock
+from kvtrace_replay.timing.costs import StepCosts, TransferCosts
 from kvtrace_traces.errors import UsageError
 
 I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
 POLICIES = ("lru", "arc")
 _FIRST_ROOM = 1 << 12
 run_compiled: Any = loop.run
@@ -32,7 +36,8 @@ class Offload:
     `blocks`: room, in blocks of the engine. `policy`: who is dropped, one of POLICIES (`eviction_policy`).
     `blocks_per_chunk`: blocks that are stored as one. `store_threshold`: a chunk is stored once it was on offer so
     often; below 2 at once. `prompt_only`: whether generated blocks are left out (`offload_prompt_only`). `steps`: a
-    transfer is done at the end of so many calls after the one it was begun in; 0: of that one.
+    transfer is done at the end of so many calls after the one it was begun in; 0: of that one; where requests arrive
+    by time, its bytes decide instead.
     """
 
     blocks: int
@@ -68,10 +73,16 @@ class OffloadRun:
         tier_evictions: chunks dropped from the tier. refused: offers for which the tier had no room.
         finished: requests that ended.
         requests: int32[n, 7]: first and last step, step of its end, cached tokens (hit and loaded at its first
-            admission), reason, blocks stored and loaded for it; -1 where there is none. preempted: int32[n].
-        transfers: int32[m, 6]: step, whether a load, request, blocks, tokens (of a load), the last step begun at its
-            end; in order of begin.
+            admission), reason, blocks stored and loaded for it; -1 where there is none. preempted: int32[n]. tokens:
+            int32[n], prompt and output at the end.
+        transfers: int64[m, 6]: step, whether a load, request, blocks, tokens (of a load), the last step begun at its
+            end (-1 for none); in order of begin.
+        transfer_ns: int64[m, 4], where calls have costs: when its call was made, its copy begun and ended, and the
+            scheduler heard of it, -1 for never; else empty.
+        rows: int64[steps, 13], `layout.S_*`, where asked for; else empty. Without costs their times are 0.
+        clock: when all this happened, where calls have costs; else None. Its `steps` are there with `rows`.
         logs: with `events=True`, what happened one by one, int32 rows by the names of LOGS, see `layout`; else empty.
+            log: the same in order, int32[., 7].
         seconds: what the kernel took.
     """
 
@@ -92,33 +103,52 @@ class OffloadRun:
     finished: int
     requests: I32
     preempted: I32
-    transfers: I32
+    tokens: I32
+    transfers: I64
+    transfer_ns: I64
+    rows: I64
+    clock: Clock | None
     logs: dict[str, I32]
+    log: I32
     seconds: float
 
 
 def simulate_offload(
-    recorded: Recorded, settings: Settings, offload: Offload, *, arrivals: str = "step", events: bool = False
+    recorded: Recorded,
+    settings: Settings,
+    offload: Offload,
+    *,
+    arrivals: str = "step",
+    costs: StepCosts | None = None,
+    copies: TransferCosts | None = None,
+    step_rows: bool = False,
+    events: bool = False,
 ) -> OffloadRun:
     """Run `recorded` at `settings` with a tier `offload`.
 
     Args:
-        arrivals: "step" or "all", as `recorded.ARRIVALS` has it.
+        arrivals: a name of `recorded.ARRIVALS`; "time" needs `costs`.
+        costs: what a call takes; without, nothing is timed. copies: what transfers take beside the calls; needed with
+            `costs`.
+        step_rows: keep a row per step.
         events: keep what happened one by one, in `OffloadRun.logs`.
 
     Raises UsageError for settings that are not simulated with a tier, and where a request can never be served.
     """
-    _check(recorded, settings, offload, arrivals)
-    log_room, move_room = (_FIRST_ROOM if events else 0), _FIRST_ROOM
+    _check(recorded, settings, offload, arrivals, costs, copies)
+    timed = costs is not None
+    room = {"log": _FIRST_ROOM * events, "moves": _FIRST_ROOM, "gaps": _FIRST_ROOM * timed,
+            "rows": _FIRST_ROOM * step_rows}  # fmt: skip
     begin = time.perf_counter()
     while True:
-        state = _state(recorded, settings, offload, arrivals, log_room, move_room)
+        state = arrays(recorded, settings, offload, arrivals, costs, copies, room)
         status = run_compiled(state)
-        rows, moves = int(state.g[at.G_LOG]), int(state.g[at.N_MOVES])
-        if status != at.DONE or (rows <= log_room and moves <= move_room):
+        g = state.g
+        used = {"log": g[at.G_LOG], "moves": g[at.N_MOVES], "gaps": g[base.G_GAPS], "rows": g[at.G_BEGUN] * step_rows}
+        if status != at.DONE or all(used[name] <= room[name] for name in room):
             break
         # What there was no room for was counted: the run is the same again.
-        log_room, move_room = max(rows, log_room), max(moves, move_room)
+        room = {name: max(int(used[name]), room[name]) for name in room}
     seconds = time.perf_counter() - begin
     if status == at.STUCK:
         raise UsageError(
@@ -126,7 +156,7 @@ def simulate_offload(
         )
     if status == at.LIVELOCK:
         raise UsageError(f"up to step {int(state.g[at.G_BEGUN])} requests preempt one another, and none gets anywhere")
-    return _run(recorded, settings, offload, state, events, seconds)
+    return _run(recorded, settings, offload, state, {"timed": timed, "rows": step_rows, "events": events}, seconds)
 
 
 def tier_blocks(amount: str | int, recorded: Recorded, block_size: int) -> int:
@@ -135,19 +165,29 @@ def tier_blocks(amount: str | int, recorded: Recorded, block_size: int) -> int:
     Raises UsageError for what is none of these, for bytes where the trace does not know those of a block, and for less
     than one block.
     """
-    return parse_amount(amount, block_size, _block_bytes(recorded, block_size), "--cpu-offload")
+    return parse_amount(amount, block_size, block_bytes(recorded, block_size), "--cpu-offload")
 
 
-def _block_bytes(recorded: Recorded, block_size: int) -> int | None:
+def block_bytes(recorded: Recorded, block_size: int) -> int | None:
+    """Bytes of a block of `block_size` tokens; None where the trace does not know."""
     own = recorded.header.get("bytes_per_block")
     return None if own is None else int(own) * block_size // int(recorded.header["block_size"])
 
 
-def _check(recorded: Recorded, settings: Settings, offload: Offload, arrivals: str) -> None:
+def _check(
+    recorded: Recorded,
+    settings: Settings,
+    offload: Offload,
+    arrivals: str,
+    costs: StepCosts | None,
+    copies: TransferCosts | None,
+) -> None:
     offload.check()
     settings.check()
-    if arrivals not in ("step", "all"):
-        raise UsageError(f"--preemption offload runs with --arrivals step or all, not {arrivals}")
+    if arrivals == "time" and costs is None:
+        raise UsageError("--arrivals time needs to know what a step costs: name a profile with --timing")
+    if costs is not None and copies is None:
+        raise UsageError("a timed run with --preemption offload needs to know what a copy costs: name a --link")
     if settings.policy != NATIVE:
         raise UsageError(f"--preemption offload evicts by the engine's own rule: leave out --policy {settings.policy}")
     if getattr(settings, "victim", NATIVE) != NATIVE:
@@ -164,124 +204,20 @@ def _check(recorded: Recorded, settings: Settings, offload: Offload, arrivals: s
         )
 
 
-def _state(
-    recorded: Recorded, settings: Settings, offload: Offload, arrivals: str, log_room: int, move_room: int
-) -> at.State:
-    n, blocks = recorded.n_requests, settings.num_blocks
-    chain, chain_at = recorded.blocks(settings.block_size)
-    identities = int(recorded.hashes.size)
-    per, chunks = offload.blocks_per_chunk, offload.blocks // offload.blocks_per_chunk
-    # More than the trace's identities can never be there at once.
-    chunk_room = min(chunks, identities)
-    jobs, running = chunk_room + min(blocks, n) + 2, min(settings.max_num_seqs, n)
-    width = int(recorded.stop.max(initial=1)) // settings.block_size + 3
-    slots = min(n, 2 * blocks + running) + 1
-    blk = np.zeros((blocks + 1, base.B_FIELDS + 1), np.int32)
-    blk[:, base.B_IDENTITY] = base.NO_IDENTITY
-    queue = np.concatenate([[blocks], np.arange(1, blocks), [blocks]]).astype(np.int32)
-    blk[queue[:-1], base.B_NEXT] = queue[1:]
-    blk[queue[1:], base.B_PREV] = queue[:-1]
-    slot_rows = np.zeros((slots + 1, 2), np.int32)
-    slot_rows[:, 0] = np.arange(slots + 1)[::-1] - 1
-    slot_rows[slots, 0] = slots
-    g = np.zeros(at.G_FIELDS, np.int64)
-    g[base.G_FREE], g[at.G_ROOM] = blocks - 1, chunks
-    job_lists = np.zeros((at.JOB_LISTS, max(jobs, n + 1)), np.int32)
-    job_lists[at.SPARE, :jobs] = np.arange(jobs)[::-1]
-    g[at.G_JOBS_FREE] = jobs
-    ids = np.zeros((identities + 1, at.I_FIELDS), np.int64)
-    ids[:, at.I_READERS] = at.GONE
-    nodes = max(chunk_room + 2 * blocks + 2, (chunk_room + 1) * per + 1)
-    return at.State(
-        p=_parameters(recorded, settings, offload, log_room > 0),
-        g=g,
-        req=_requests(recorded, settings),
-        blk=blk,
-        first=np.full(identities + 1, -1, np.int32),
-        table=np.zeros((slots, width), np.int32),
-        slots=slot_rows,
-        chain=chain,
-        chain_at=chain_at,
-        flags=np.zeros(max(len(chain), 1), np.uint8),
-        ids=ids,
-        lists=np.array([[-1, -1, 0]] * 5, np.int64),
-        target=np.zeros(1),
-        job=np.zeros((jobs, at.J_FIELDS), np.int64),
-        nodes=_spare(nodes),
-        jobs=job_lists,
-        flight=np.zeros((3, running + 1, 3), np.int32),
-        defer=np.zeros((blocks + 2, 4), np.int64),
-        gone=np.zeros(n + 1, np.int32),
-        come=recorded.arrivals(arrivals),
-        aborts=recorded.aborts(arrivals),
-        log=np.zeros((log_room, at.LOG_FIELDS), np.int32),
-        moves=np.zeros((move_room, at.M_FIELDS), np.int32),
-    )
-
-
-def _spare(n: int) -> I32:
-    """int32[n, 4]: two free lists of nodes, each from node 0 on."""
-    nodes = np.zeros((n, 4), np.int32)
-    nodes[:, 1] = nodes[:, 3] = np.arange(1, n + 1)
-    return nodes
-
-
-def _requests(recorded: Recorded, settings: Settings) -> I32:
-    n = recorded.n_requests
-    req = np.zeros((n + 3, at.R_FIELDS), np.int32)
-    req[:, at.R_SLOT] = -1
-    for queue in (at.WAITS, at.HOLDS, at.RUNS):
-        req[n + queue, [at.R_NEXT, at.R_PREV]] = n + queue
-    for column, values in (
-        (at.L_PROMPT, recorded.prompt), (at.L_STOP, recorded.stop), (at.L_MOST, recorded.most),
-        (at.L_NO_READ, recorded.no_read), (at.L_REASON, recorded.reason),
-    ):  # fmt: skip
-        req[:n, column] = values
-    if settings.scheduling_policy == "priority":
-        req[:n, at.L_RANK], req[:n, at.L_VICTIM] = recorded.ranks()
-    req[:, at.O_FIRST : at.O_REASON + 1] = -1
-    return req
-
-
-def _parameters(recorded: Recorded, settings: Settings, offload: Offload, logged: bool) -> Any:
-    rules = settings.rules
-    p = np.zeros(at.P_FIELDS, np.int64)
-    for place, value in (
-        (at.P_BLOCK_SIZE, settings.block_size),
-        (at.P_MAX_SEQS, settings.max_num_seqs),
-        (at.P_BUDGET, min(settings.max_num_scheduled_tokens or settings.max_num_batched_tokens,
-                          settings.max_num_batched_tokens)),
-        (at.P_MAX_BATCHED, settings.max_num_batched_tokens),
-        (at.P_CACHING, settings.prefix_caching),
-        (at.P_CHUNKED, settings.chunked_prefill),
-        (at.P_LONG, settings.long_prefill_token_threshold),
-        (at.P_ADAPTIVE, settings.long_prefill_token_threshold_adaptive),
-        (at.P_PRIORITY, settings.scheduling_policy == "priority"),
-        (at.P_ASYNC, settings.async_scheduling),
-        (at.P_WATERMARK, settings.watermark_blocks),
-        (at.P_GATE, settings.reserve_full_isl),
-        (at.P_UNCACHED_FIRST,
-         rules.uncached_first if settings.prefix_caching else rules.uncached_first_without_caching),
-        (at.P_MAX_LEN, settings.max_model_len),
-        (at.P_SKIPS_FINISHING, rules.async_skips_finishing),
-        (at.P_CHUNK_BLOCKS, offload.blocks_per_chunk),
-        (at.P_CHUNKS, offload.blocks // offload.blocks_per_chunk),
-        (at.P_ARC, offload.policy == "arc"),
-        (at.P_THRESHOLD, offload.store_threshold),
-        (at.P_PROMPT_ONLY, offload.prompt_only),
-        (at.P_POLLS, offload.steps),
-        (at.P_PATIENCE, 100 + 2 * int(recorded.stop.sum(dtype=np.int64))),
-        (at.P_LOG, logged),
-    ):  # fmt: skip
-        p[place] = int(value)
-    return p
-
-
 def _run(
-    recorded: Recorded, settings: Settings, offload: Offload, state: at.State, events: bool, seconds: float
+    recorded: Recorded, settings: Settings, offload: Offload, state: at.State, kept: dict[str, bool], seconds: float
 ) -> OffloadRun:
     g, n = state.g, recorded.n_requests
-    size = _block_bytes(recorded, settings.block_size)
+    moves, rows = state.moves[: g[at.N_MOVES]], state.rows[: g[at.G_BEGUN]].copy()
+    clock = None
+    if kept["timed"]:
+        clock = Clock(
+            duration_ns=int(g[at.G_LAST]),
+            times=state.times,
+            gaps=state.gaps[: g[base.G_GAPS]].copy(),
+            steps=rows[:, [at.S_BEGIN, at.S_END]],
+        )
+    size = block_bytes(recorded, settings.block_size)
     stored, loaded = int(g[at.G_STORED_BLOCKS]), int(g[at.G_LOADED_BLOCKS])
     return OffloadRun(
         settings=settings,
@@ -301,8 +237,13 @@ def _run(
         finished=int((state.req[:n, at.R_STATUS] == at.FINISHED).sum()),
         requests=state.req[:n, at.O_FIRST : at.O_LOADED + 1].copy(),
         preempted=state.req[:n, at.R_PREEMPTIONS].copy(),
-        transfers=state.moves[: g[at.N_MOVES]].copy(),
-        logs=_logs(state) if events else {},
+        tokens=state.req[:n, at.R_TOKENS].copy(),
+        transfers=moves[:, : at.M_PLANNED].copy(),
+        transfer_ns=moves[:, at.M_PLANNED :].copy() if kept["timed"] else np.zeros((0, 4), np.int64),
+        rows=rows,
+        clock=clock,
+        logs=_logs(state) if kept["events"] else {},
+        log=state.log[: g[at.G_LOG]],
         seconds=seconds,
     )
 

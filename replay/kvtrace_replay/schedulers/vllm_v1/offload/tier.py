@@ -13,6 +13,7 @@ from kvtrace_replay.schedulers.vllm_v1.offload.layout import (
     B2,
     COUNT,
     EVICT,
+    F_TARGET,
     G_LOG,
     G_READY,
     G_REFUSED,
@@ -33,6 +34,8 @@ from kvtrace_replay.schedulers.vllm_v1.offload.layout import (
     K_KEYS,
     LOAD,
     LOG_TIER,
+    LOW_BITS,
+    LOW_SIZE,
     MISSED,
     NONE,
     O_STORED,
@@ -70,6 +73,12 @@ def write(s, what, a, b, c, d, e, f):
             row = s.log[n]
             row[0], row[1], row[2], row[3], row[4], row[5], row[6] = what, a, b, c, d, e, f
         s.g[G_LOG] = n + 1
+
+
+@njit(cache=False, **INNER)
+def write_time(s, what, value, time):
+    """A row with a time, in two parts that an int32 holds."""
+    write(s, what, value, time & LOW_BITS, time >> LOW_SIZE, 0, 0, 0)
 
 
 @njit(cache=False, **INNER)
@@ -118,10 +127,10 @@ def miss(s, key):
     """ARC: a ghost that is asked for moves the share of the first list: `_adapt_to_ghost_hit`."""
     once, again = s.lists[B1, COUNT], s.lists[B2, COUNT]
     if s.ids[key, I_WHERE] == B1:
-        s.target[0] = min(s.target[0] + max(1.0, again / once), np.float64(s.p[P_CHUNKS]))
+        s.real[F_TARGET] = min(s.real[F_TARGET] + max(1.0, again / once), np.float64(s.p[P_CHUNKS]))
         to_end(s, key)
     elif s.ids[key, I_WHERE] == B2:
-        s.target[0] = max(s.target[0] - max(1.0, once / again), 0.0)
+        s.real[F_TARGET] = max(s.real[F_TARGET] - max(1.0, once / again), 0.0)
         to_end(s, key)
 
 
@@ -153,7 +162,7 @@ def make_room(s, short, stamp):
     note(s, EVICT, short)
     one, two = candidate(s, s.lists[T1, HEAD], stamp), candidate(s, s.lists[T2, HEAD], stamp)
     for _ in range(short):
-        if one >= 0 and (s.lists[T1, COUNT] >= np.int64(s.target[0]) or two < 0):
+        if one >= 0 and (s.lists[T1, COUNT] >= np.int64(s.real[F_TARGET]) or two < 0):
             following = candidate(s, np.int64(s.ids[one, NEXT]), stamp)
             drop(s, one)
             one = following
