@@ -67,7 +67,8 @@ def check(frame: pl.DataFrame, run: Callable[..., Any]) -> None:
         values = {}
         for figure in row["figures"]:
             found = printed(figure, run, cache)
-            assert found == figure["value"], (row["kind"], figure)
+            # DuckDB's threads add up in no fixed order: the last digit of a sum may be another.
+            assert found == pytest.approx(figure["value"], rel=1e-12), (row["kind"], figure)
             values[figure["name"]] = found
         if row["formula"] is not None:
             assert math.isclose(eval(row["formula"], {}, values), row["value"]), row["kind"]
