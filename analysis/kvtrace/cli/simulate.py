@@ -220,8 +220,10 @@ def command(
 
 def untimed(found: Simulated | SimulatedV0) -> bool:
     """Whether runs with a tier have no times."""
-    tiers = [cell.run for _, cell in found.cells if getattr(cell, "tier", None) is not None and cell.run is not None]
-    return found.timing is None or any(run.clock is None for run in tiers)  # type: ignore[union-attr]
+    from kvtrace_replay.schedulers.vllm_v1.offload.run import OffloadRun
+
+    runs = [cell.run for _, cell in found.cells]
+    return found.timing is None or any(isinstance(run, OffloadRun) and run.clock is None for run in runs)
 
 
 def facts_v0(found: SimulatedV0) -> list[str]:

@@ -16,6 +16,8 @@ Output blocks are taken after the prompt has made its room, for which it may hav
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -60,7 +62,7 @@ def _close_up(stamps: U32, log: U32, at: I64) -> None:
 
 
 @njit(cache=False)
-def _take(refs: I32, start: int, stop: int, limit: int, stamps: U32) -> tuple[int, int]:
+def _take(refs: I32, start: int, stop: int, limit: int, stamps: U32) -> tuple[Any, Any]:
     """Marks the blocks of `refs[start:stop]`; returns how many of them were missing, and how many, before `limit` and
     from the first on, were not. No branch: what hits would be as hard to guess as it is to cache."""
     missing = np.int64(0)
@@ -75,11 +77,11 @@ def _take(refs: I32, start: int, stop: int, limit: int, stamps: U32) -> tuple[in
         whole &= 1 - lacks
         hits += whole & np.int64(p < limit)
         stamps[key] = TAKEN
-    return missing, hits  # type: ignore[return-value]
+    return missing, hits
 
 
 @njit(cache=False)
-def _make_room(needed: int, stamps: U32, log: U32, at: I64) -> None:
+def _make_room(needed: Any, stamps: U32, log: U32, at: I64) -> None:
     """Evicts so many of the blocks used longest ago that are not taken."""
     mask = log.size - 1
     tail, now = at[TAIL], at[NOW]
@@ -90,7 +92,7 @@ def _make_room(needed: int, stamps: U32, log: U32, at: I64) -> None:
         stamp = stamps[key]
         lives = stamp == slot
         stamps[key] = ABSENT if lives else stamp
-        needed -= np.int64(lives)  # type: ignore[assignment]
+        needed -= np.int64(lives)
         tail += 1
     at[TAIL] = tail
 

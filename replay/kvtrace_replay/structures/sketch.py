@@ -113,7 +113,7 @@ def sketch_add(counters: Counters, wide: Wide, magic: int, a: int, b: int, times
 
 
 @njit(cache=False)
-def sketch_estimate(counters: Counters, wide: Wide, magic: int, a: int, b: int) -> int:
+def sketch_estimate(counters: Counters, wide: Wide, magic: int, a: int, b: int) -> Any:
     """How often the block of these hashes was counted, or more."""
     at: Any = a
     least = np.uint8(IS_WIDE)
@@ -121,13 +121,13 @@ def sketch_estimate(counters: Counters, wide: Wide, magic: int, a: int, b: int) 
         least = min(least, counters[_place(at, np.uint64(magic), np.uint64(counters.size))])
         at = np.uint32(at + b)
     if least < IS_WIDE:
-        return np.int64(least)  # type: ignore[return-value]
+        return np.int64(least)
     at = a
     most = np.uint16(FULL)
     for _ in range(PLACES):  # all are wide
         most = min(most, wide[_place(at, np.uint64(magic), np.uint64(counters.size))])
         at = np.uint32(at + b)
-    return np.int64(most)  # type: ignore[return-value]
+    return np.int64(most)
 
 
 @njit(cache=False)

@@ -11,22 +11,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvtrace_replay.cache.hooks import admit, evict, hit, insert, remove
-from kvtrace_replay.tiers.mask import first_tier, forget
+from kvtrace_replay.cache.hooks import admit, hit, remove
+from kvtrace_replay.tiers.mask import first_tier, take_in
 from kvtrace_replay.tiers.words import (
     ABSENT,
     BAD_TIER,
     BYPASSED,
-    CAPACITY,
-    DOWN,
-    EVICTIONS,
     EXCLUSIVE,
     PLACING,
     PROMOTE,
     RESIDENT,
     UP,
     USES,
-    VICTIMS,
 )
 from kvtrace_traces.compile import njit
 
@@ -44,20 +40,7 @@ def _place(
     if used[key] < rules[k, USES] or not admit(tag, key, p, pins, s0, s1, s2, s3, s4, s5, s6, s7):
         totals[k, BYPASSED] += 1
         return
-    if totals[k, RESIDENT] == rules[k, CAPACITY]:
-        victim = evict(tag, key, p, pins, s0, s1, s2, s3, s4, s5, s6, s7)
-        if victim < 0 or victim >= pins.size or pins[victim] != 0:
-            counts[BAD_TIER] = k + 1  # a defect of the policy; memory must stay whole
-            return
-        forget(k, victim, rules, totals, counts, mask, lost, lost_from, pins)
-        totals[k, EVICTIONS] += 1
-        victims[counts[VICTIMS]] = victim
-        counts[VICTIMS] += 1
-    insert(tag, key, p, s0, s1, s2, s3, s4, s5, s6, s7)
-    mask[key] |= 1 << k
-    totals[k, RESIDENT] += 1
-    totals[k, DOWN] += k > 0
-    pins[key] = 0
+    take_in(tag, k, key, p, rules, totals, counts, mask, victims, lost, lost_from, pins, s0, s1, s2, s3, s4, s5, s6, s7)
 
 
 @njit(cache=False)

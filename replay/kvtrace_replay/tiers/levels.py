@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from kvtrace_replay.cache.hooks import admit, begin, evict, expire, hit, insert, pin, remove, unpin
 from kvtrace_replay.tiers.in_order import place_in_order, touch_in_order, write_in_order
-from kvtrace_replay.tiers.mask import first_tier, forget
+from kvtrace_replay.tiers.mask import first_tier, forget, take_in
 from kvtrace_replay.tiers.words import (
     ABSENT,
     BAD_TIER,
@@ -171,20 +171,11 @@ def _place(
             hit(tag, key, True, p, s0, s1, s2, s3, s4, s5, s6, s7)
             pins[key] += 1
             continue
-        if totals[k, RESIDENT] == rules[k, CAPACITY]:
-            victim = evict(tag, key, p, pins, s0, s1, s2, s3, s4, s5, s6, s7)
-            if victim < 0 or victim >= pins.size or pins[victim] != 0:
-                counts[BAD_TIER] = k + 1  # a defect of the policy; memory must stay whole
-                return
-            forget(k, victim, rules, totals, counts, mask, lost, lost_from, pins)
-            totals[k, EVICTIONS] += 1
-            victims[counts[VICTIMS]] = victim
-            counts[VICTIMS] += 1
-        insert(tag, key, p, s0, s1, s2, s3, s4, s5, s6, s7)
-        mask[key] |= 1 << k
-        totals[k, RESIDENT] += 1
-        totals[k, DOWN] += k > 0
-        pins[key] = 0
+        if not take_in(
+            tag, k, key, p, rules, totals, counts, mask, victims, lost, lost_from, pins,
+            s0, s1, s2, s3, s4, s5, s6, s7,
+        ):  # fmt: skip
+            return
         if pinning:
             pin(tag, key, s0, s1, s2, s3, s4, s5, s6, s7)
             totals[k, PINNED] += 1

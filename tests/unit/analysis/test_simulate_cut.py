@@ -59,15 +59,16 @@ def test_requests_are_told_as_the_trace_tells_them(end: Path) -> None:
 def test_latencies_from_before_the_cut_are_not_told(end: Path) -> None:
     simulated = simulate_trace(kvtrace.open(end), {}, timing="a100-80gb:llama-3.1-8b")
     told = simulated.per_request()
-    carried = len(open_trace(end).snapshot().live)  # type: ignore[union-attr]
+    begun = open_trace(end).snapshot()
+    assert begun is not None
+    carried = len(begun.live)
     for name in ("ttft_s", "queue_s", "e2e_s", "itl_s"):
         assert told[name].head(carried).null_count() == carried
         assert told[name].slice(carried).null_count() == 0
     (row,) = simulated.frame().rows(named=True)
     assert row["duration_s"] > 0
     generated = sum(told["output_tokens"]) - sum(
-        live.tokens - told["prompt_tokens"][live.request]
-        for live in open_trace(end).snapshot().live  # type: ignore
+        live.tokens - told["prompt_tokens"][live.request] for live in begun.live
     )
     assert row["output_tokens_per_s"] * row["duration_s"] == pytest.approx(generated)
 
