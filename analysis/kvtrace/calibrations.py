@@ -37,13 +37,14 @@ def calibrate(trace: Trace | str | os.PathLike[str], link: str | None = None) ->
 def table(profile: Profile) -> pl.DataFrame:
     """Every figure of a profile, a row each.
 
-    Columns: part (cost, error, link), at (the batches or the way over the link that it is about), metric, value (f64),
-    unit, low and high (f64, the spread of a cost), why (the reason of a cost that is not known).
+    Columns: part (cost, stretch, error, link), at (the batches or the way over the link that it is about), metric,
+    value (f64), unit, low and high (f64, the spread of a cost), why (the reason of a cost that is not known).
     """
     rows: list[tuple[Any, ...]] = []
     for name, value in profile.costs.items():
         low, high = profile.spread.get(name, (None, None))
         rows.append(("cost", None, name, value, UNITS[name], low, high, profile.unidentified.get(name)))
+    rows.append(("stretch", None, "stretch", profile.stretch, "ratio", None, None, None))
     for error in profile.errors:
         for metric in ("steps", "median", "p95", "bias"):
             unit = "steps" if metric == "steps" else "ratio"

@@ -181,6 +181,9 @@ def page(profile: Profile) -> Iterator[str]:
             row |= {"from": _time(low), "to": _time(high)}
         costs.append(row)
     yield lines(costs)
+    if abs(profile.stretch - 1) >= 0.0005:
+        yield (f"With the pauses of the machine, steps took {percent(profile.stretch)} of this in all; simulations "
+               "count them in")  # fmt: skip
     for name, why in profile.unidentified.items():
         yield f"{name} is not known, and counts 0: {why}"
     if profile.errors:

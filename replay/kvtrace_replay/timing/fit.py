@@ -8,6 +8,9 @@ A duration is modelled as a sum over the work of a step (`costs.WORK`). What kee
 - *Outliers* (a pause of the interpreter, a neighbour on the machine) get Huber's weights: beyond REACH robust standard
   deviations a step pulls as if it lay there (Huber, Robust Estimation of a Location Parameter, 1964). Pauses only ever
   lengthen a step, so the less they count, the more of the run's whole time is missing: `bias` tells how much.
+- *A run's time must come out.* So beside the costs there is `stretch`, the time of all fitted steps over what the costs
+  say of them. It is a factor, since a pause is the likelier to fall into a step the longer the step is. Of a step that
+  took over MOST_TIMES its costs only that much counts: a machine that slept for an hour is not to be foretold.
 - *Warm-up.* The first steps of a process run slower. They are left out up to the first step from which on the median of
   WINDOW steps lies within REACH robust standard deviations of the fit; at most a tenth of the steps.
 - *Long runs* are thinned: of more than MOST_STEPS steps every second, third, ... is taken.
@@ -31,6 +34,7 @@ MOST_STEPS = 100_000
 WINDOW = 16
 WARM_UP_SHARE = 0.1
 REACH = 3.0
+MOST_TIMES = 100.0
 _ROUNDS = 60
 _SETTLED = 1e-7
 _ALIKE = 1e-6  # of a column's length: what is left of it beside the columns before must be more
@@ -58,7 +62,8 @@ class Fit:
 
     `costs`: ns by column of COLUMNS; `spread`: by column the lowest and the highest of the folds' fits; `unidentified`:
     by column why its cost is 0 without being known; `errors`: cross-validated; `steps`: how many were fitted;
-    `warm_up`: how many first steps were left out; `outliers`: how many had less than full weight.
+    `warm_up`: how many first steps were left out; `outliers`: how many had less than full weight; `stretch`: what the
+    steps took in all, over their costs.
     """
 
     costs: dict[str, float]
@@ -68,6 +73,7 @@ class Fit:
     steps: int
     warm_up: int
     outliers: int
+    stretch: float
 
 
 def fit_steps(work: F64, duration_ns: F64, kind: npt.NDArray[np.int8], starts: npt.NDArray[np.int64]) -> Fit:
@@ -101,6 +107,7 @@ def fit_steps(work: F64, duration_ns: F64, kind: npt.NDArray[np.int8], starts: n
         len(took),
         int(warm.sum()),
         int((weights < 1).sum()),
+        stretch_of(work @ costs, took),
     )
 
 
@@ -135,6 +142,12 @@ def solve(work: F64, took: F64) -> tuple[F64, F64]:
     costs = np.zeros(len(COLUMNS))
     costs[chosen] = found
     return costs, weights
+
+
+def stretch_of(predicted: F64, took: F64) -> float:
+    """What steps took in all, over what was `predicted` of them, both float64[n] ns; see MOST_TIMES."""
+    whole = float(predicted.sum())
+    return float(np.minimum(took, MOST_TIMES * predicted).sum()) / whole if whole > 0 else 1.0
 
 
 def relative_nnls(table: F64, took: F64) -> F64:

@@ -44,7 +44,7 @@ def learn(trace: Trace, link: dict[str, LinkCost] | None = None) -> Profile:
     }  # fmt: skip
     return Profile(
         f"{model.name}-{head.get('device')}", "trace", str(head.get("device")), model, fit.costs, fit.spread,
-        fit.unidentified, link or {}, fit.errors, facts,
+        fit.unidentified, link or {}, fit.errors, facts, stretch=fit.stretch,
     )  # fmt: skip
 
 

@@ -54,7 +54,8 @@ class Profile:
     `source`: one of SOURCES; `costs`: ns by kind of work (`work.COLUMNS`); `spread`: the same, lowest and highest of
     the fits in cross-validation; `unidentified`: kinds whose cost is 0 without being known, and why; `link`: by way
     (`link.WAYS`), empty where nothing is known of it; `errors`: of predicted steps; `facts`: what else the figures rest
-    on; `measured`: the points behind a profile of a device.
+    on; `measured`: the points behind a profile of a device; `stretch`: what steps take on average, with the pauses of
+    interpreter and machine, over their `costs`, which are of steps without.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Profile:
     errors: tuple[FitError, ...] = ()
     facts: dict[str, str | int | float] = field(default_factory=dict)
     measured: tuple[Measured, ...] = ()
+    stretch: float = 1.0
 
     @classmethod
     def load(cls, named: str | Path) -> Profile:
@@ -105,6 +107,11 @@ class Profile:
 
     # ------------------------------------------------------------------ costs
 
+    @property
+    def mean_costs(self) -> dict[str, float]:
+        """`costs` with the pauses spread over them, so that the time of many steps comes out."""
+        return {name: cost * self.stretch for name, cost in self.costs.items()}
+
     def step_costs(
         self,
         block_size: int,
@@ -113,7 +120,7 @@ class Profile:
         pinned: bool | None = None,
         overlap: float = 0.0,
     ) -> StepCosts:
-        """The costs of a step's work, ns, with blocks of `block_size` tokens.
+        """The costs of a step's work, ns, with blocks of `block_size` tokens, the average pauses among them.
 
         `copies`: one of `link.COPIES`; `pinned`: the host's memory, None for pinned where the profile knows it;
         `overlap`: as in `StepCosts`. Moves of blocks cost 0 in a profile without a link: ask `needs_link` first where
@@ -125,7 +132,8 @@ class Profile:
             size, pieces = self._block(block_size, copies)
             for name, direction in (("block_in", "h2d"), ("block_out", "d2h")):
                 moves[name] = self.way(direction, pinned, COPIES[copies]).ns(size, pieces, transfers=0)
-        costs = {**self.costs, "call": max(self.costs["call"], 1.0)}
+        costs = self.mean_costs
+        costs["call"] = max(costs["call"], 1.0)
         return StepCosts(**costs, **moves, overlap=overlap)
 
     def transfer_costs(
@@ -146,7 +154,7 @@ class Profile:
         """How long the prefill of `tokens` tokens takes after `context` others, in `calls` steps of its own (0: as a
         part of steps that happen anyway)."""
         pairs = tokens * context + tokens * (tokens + 1) / 2
-        costs = self.costs
+        costs = self.mean_costs
         return calls * costs["call"] + tokens * costs["prefill_token"] + pairs * costs["prefill_pair"]
 
     def swap_ns(

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 MOST_BYTES = 16 << 20
 _TOP = (
-    "format", "name", "source", "device", "model", "costs_ns", "spread_ns", "unidentified", "link", "facts", "errors",
-    "measured",
+    "format", "name", "source", "device", "stretch", "model", "costs_ns", "spread_ns", "unidentified", "link", "facts",
+    "errors", "measured",
 )  # fmt: skip
 
 
@@ -38,6 +38,7 @@ def written(profile: Profile) -> str:
     parts = [
         "# What steps and moves of KV blocks cost, in nanoseconds for a unit of work. docs/timing.md tells more.",
         *_lines({"format": FORMAT, "name": profile.name, "source": profile.source, "device": profile.device}),
+        *_lines({"stretch": profile.stretch} if profile.stretch != 1 else {}),
         *_table("model", model),
         *_table("costs_ns", profile.costs),
         *_table("spread_ns", {name: list(pair) for name, pair in profile.spread.items()}),
@@ -121,7 +122,14 @@ class _Reader:
             tuple(self.rows(data, "errors", self.error)),
             self.facts(self.table(data, "facts")),
             tuple(self.points(self.table(data, "measured"))),
+            self.stretch(data),
         )
+
+    def stretch(self, data: dict[str, Any]) -> float:
+        found = self.number(data, "stretch") if "stretch" in data else 1.0
+        if found <= 0:
+            raise self.wrong("stretch must be above 0")
+        return found
 
     def model(self, table: dict[str, Any]) -> Any:
         from kvtrace_replay.timing.profile import Model

@@ -143,7 +143,8 @@ def test_a_simulated_trace_tells_the_costs_that_timed_it(
     done = kvtrace_cli("simulate", thrash, "--num-blocks", "150", "--timing", profile, "-o", again)
     assert done.code == 0, done.err
     found = calibrate(again)
-    assert found.costs == pytest.approx(Profile.load(profile).costs, rel=1e-4)
+    assert found.costs == pytest.approx(Profile.load(profile).mean_costs, rel=1e-4)
+    assert found.stretch == pytest.approx(1, abs=1e-4)
     assert found.errors[0].p95 < 1e-5
 
 

@@ -53,7 +53,7 @@ def _both_ways(case: Case, profile: Profile) -> Iterator[Finding]:
     """All preemptions of the trace, recomputed and swapped, at the profile's costs."""
     from kvtrace.people import seconds
 
-    costs = profile.costs
+    costs = profile.mean_costs
     try:
         one, two = (profile.swap_ns(blocks, case.block_size) for blocks in (1, 2))
     except KvtraceError:
@@ -86,7 +86,7 @@ def _both_ways(case: Case, profile: Profile) -> Iterator[Finding]:
 
 def _per_block(case: Case, profile: Profile, copied_ns: float) -> Iterator[Finding]:
     """Without preemptions: one block, which is what an offloaded prefix consists of."""
-    costs, tokens = profile.costs, case.block_size
+    costs, tokens = profile.mean_costs, case.block_size
     query = (
         f"SELECT block_size * {_number(costs['prefill_token'])} AS recompute_ns, {_number(copied_ns)} AS copy_ns "
         f"FROM engines WHERE engine_index = {case.index}"

@@ -35,6 +35,7 @@ def test_exact_steps_give_exact_costs() -> None:
     found = fit_steps(work, work @ COSTS, kind, ONE)
     assert off(found.costs) < 1e-9
     assert (found.warm_up, found.outliers, found.unidentified) == (0, 0, {})
+    assert found.stretch == pytest.approx(1, abs=1e-9)
     assert all(error.median < 1e-9 and error.p95 < 1e-9 and abs(error.bias) < 1e-9 for error in found.errors)
     assert [(error.batch, error.steps) for error in found.errors] == [
         ("all", 3000), *((name, int((kind == i).sum())) for i, name in enumerate(("prefill", "decode", "mixed"))),
@@ -60,8 +61,21 @@ def test_noise_pauses_and_warm_up_do_not_move_it(seed: int) -> None:
     assert 0.02 < everything.median < 0.05  # the median of |N(0, 5%)| is 3.4 %
     assert everything.p95 > 0.09
     assert everything.bias < -0.3  # the pauses, which no step is told to expect
+    costs = np.array([found.costs[name] for name in COLUMNS])
+    fitted = slice(found.warm_up, None)
+    assert found.stretch * (work[fitted] @ costs).sum() == pytest.approx(took[fitted].sum())  # the run's time comes out
     plain = np.linalg.lstsq(work, took, rcond=None)[0]
     assert off(dict(zip(COLUMNS, plain, strict=True))) > 0.5
+
+
+def test_a_sleep_does_not_stretch_every_step() -> None:
+    work, kind = steps(9)
+    took = work @ COSTS
+    took[1000] = 3.6e12
+    found = fit_steps(work, took, kind, ONE)
+    usual = (work @ COSTS).sum()
+    assert off(found.costs) < 1e-6
+    assert found.stretch == pytest.approx(1 + 99 * float(work[1000] @ COSTS) / usual)
 
 
 def test_short_steps_count_as_much_as_long_ones() -> None:

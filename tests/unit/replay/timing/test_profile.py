@@ -51,7 +51,7 @@ def random_profile(draw: st.DrawFn) -> Profile:
         tuple(draw(st.lists(error, max_size=3))),
         draw(st.dictionaries(st.from_regex("[a-z_]{1,9}", fullmatch=True),
                              texts | st.integers(-(2**60), 2**60) | st.floats(-1e99, 1e99))),
-        tuple(draw(st.lists(point, max_size=3))),
+        tuple(draw(st.lists(point, max_size=3))), draw(st.just(1.0) | st.floats(1e-9, 1e9)),
     )  # fmt: skip
 
 
@@ -128,6 +128,15 @@ def test_a_call_takes_at_least_a_nanosecond() -> None:
     assert dataclasses.replace(PLAIN, costs={**PLAIN.costs, "call": 0.0}).step_costs(16).array()[0] == 1
 
 
+def test_pauses_lengthen_steps_and_no_copy() -> None:
+    slow = dataclasses.replace(PLAIN, stretch=1.25)
+    costs, usual = slow.step_costs(16), PLAIN.step_costs(16)
+    assert [getattr(costs, name) for name in COLUMNS] == pytest.approx([1.25 * PLAIN.costs[name] for name in COLUMNS])
+    assert (costs.block_in, costs.block_out) == (usual.block_in, usual.block_out)
+    assert slow.recompute_ns(2500, 24) == pytest.approx(1.25 * PLAIN.recompute_ns(2500, 24))
+    assert slow.swap_ns(9, 16) == PLAIN.swap_ns(9, 16)
+
+
 # ------------------------------------------------------------------ files
 
 
@@ -161,6 +170,8 @@ GOOD = PLAIN.toml()
         (("[link.h2d-pinned-scattered]", "[link.h2d-pined-scattered]"), "did you mean h2d-pinned-scattered?"),
         (("[link.h2d-pinned-scattered]", "[link]\nh2d-pinned-scattered = 3\n[x]"), "x is unknown"),
         (("[costs_ns]", "costs_ns = 3\n[spread_ns]"), "model.costs_ns is unknown"),
+        (("[model]", "stretch = 0\n[model]"), "stretch must be above 0"),
+        (("[model]", 'stretch = "1"\n[model]'), "stretch must be a finite number"),
         (("[model]", "[[model]]"), "model must be a table"),
         (("[costs_ns]", "[spread_ns]\ncall = [1]\n[costs_ns]"), "spread_ns.call must be two numbers"),
         (("[costs_ns]", "[errors]\n[costs_ns]"), "errors must be a list of tables"),
