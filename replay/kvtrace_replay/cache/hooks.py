@@ -1,4 +1,4 @@
-"""The nine calls through which a driver reaches its policy, chosen by the type of the policy's tag.
+"""The ten calls through which a driver reaches its policy, chosen by the type of the policy's tag.
 
 Compiled, each call is the policy's own function, inlined. The state arrays travel as eight plain
 arguments: inside a tuple they are reference-counted in the loop, which halves the speed of LRU (171
@@ -107,6 +107,13 @@ def remove(
     return _in_python("remove", tag, key, s0, s1, s2, s3, s4, s5, s6, s7)
 
 
+def soon(
+    tag: Any, key: Any, near: Any, pins: Any,
+    s0: Any, s1: Any, s2: Any, s3: Any, s4: Any, s5: Any, s6: Any, s7: Any,
+) -> Any:  # fmt: skip
+    return _in_python("soon", tag, key, near, pins, s0, s1, s2, s3, s4, s5, s6, s7)
+
+
 @overload(insert)
 def _insert(
     tag: Any, key: Any, now: Any,
@@ -177,3 +184,11 @@ def _remove(
     s0: Any, s1: Any, s2: Any, s3: Any, s4: Any, s5: Any, s6: Any, s7: Any,
 ) -> Any:  # fmt: skip
     return _implementation(tag, "remove")
+
+
+@overload(soon)
+def _soon(
+    tag: Any, key: Any, near: Any, pins: Any,
+    s0: Any, s1: Any, s2: Any, s3: Any, s4: Any, s5: Any, s6: Any, s7: Any,
+) -> Any:  # fmt: skip
+    return _implementation(tag, "soon")

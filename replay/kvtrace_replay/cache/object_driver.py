@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvtrace_replay.cache.hooks import admit, begin, evict, expire, hit, insert
+from kvtrace_replay.cache.hooks import admit, begin, evict, expire, hit, insert, soon
 from kvtrace_replay.cache.totals import BAD_VICTIM, BLOCK_HITS, BYPASSED, EVICTIONS, EXPIRED, RESIDENT, TOKEN_HITS
 from kvtrace_traces.compile import njit
 
 ABSENT = -1
+# How many references before its turn a block is announced to the policy (`soon`): time enough for memory to answer.
+FAR, NEAR = 32, 16
 
 
 @njit
@@ -57,6 +59,10 @@ def object_driver(
                 resident -= 1
                 totals[EXPIRED] += 1
                 dropped = expire(tag, i, pins, s0, s1, s2, s3, s4, s5, s6, s7)
+            if i + FAR < refs.size:
+                far, near = np.intp(np.uint32(refs[i + FAR])), np.intp(np.uint32(refs[i + NEAR]))
+                soon(tag, far, False, pins, s0, s1, s2, s3, s4, s5, s6, s7)
+                soon(tag, near, True, pins, s0, s1, s2, s3, s4, s5, s6, s7)
             # Through uint32: an index known to be positive needs no branch for negative ones.
             key = np.intp(np.uint32(refs[i]))
             if pins[key] != ABSENT:

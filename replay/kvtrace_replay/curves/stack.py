@@ -32,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvtrace_replay.structures.machine import bit_count, prefetch
+from kvtrace_replay.structures.memory import aligned_zeros
 from kvtrace_traces.compile import njit
 
 U32 = npt.NDArray[np.uint32]
@@ -62,9 +63,9 @@ def new_stack(n_identities: int, slots_per_block: int = _SLOTS_PER_BLOCK) -> tup
     n_areas = -(-n_nodes // 64)
     return (
         np.full(n_identities, NEVER, np.uint32),
-        np.zeros(n_lines * 8, np.uint64),
-        np.zeros(n_nodes * 64, np.int16),
-        np.zeros(n_areas * 64, np.int32),
+        aligned_zeros(n_lines * 8, np.uint64),
+        aligned_zeros(n_nodes * 64, np.int16),
+        aligned_zeros(n_areas * 64, np.int32),
         np.zeros(n_areas, np.int64),
     )
 

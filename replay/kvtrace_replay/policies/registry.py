@@ -17,6 +17,7 @@ and, where it wants them, of these, compiled too:
         def expire(now, pins, *state): ...           # a block to drop for its age, or -1
         def admit(key, now, pins, *state): ...       # False: the missing `key` gets no place
         def remove(key, *state): ...                 # `key` is gone, though not as a victim
+        def soon(key, near, pins, *state): ...       # `key` is about to be asked for
 
 where `*state` stands for the arrays of `setup` under names of the policy's own. Keyword arguments of `setup`
 are the policy's parameters, their defaults stand there and nowhere else, and `--policy lru:small=0.2` sets
@@ -41,6 +42,9 @@ them; `setup` raises UsageError for a value that cannot be. The driver promises:
 - `remove` takes a resident `key` that nobody holds out of the cache; nothing is to remember it as evicted, and it may
   come back by `insert`. Only tiers that others take blocks from call it, and only where `Stream.removes` was True in
   `setup` (see `kvtrace_replay.tiers`): where it is False a policy need not keep what it would take to find a block.
+- `soon` may ask for memory early (`structures.machine.prefetch`) and must change nothing. It is called some references
+  before `key` is asked for, with `near` False, and once more half way, with `near` True, each a constant of
+  compilation; only by the driver of `object` semantics, and not for the last references.
 - In `radix` semantics as in `prefix`, with three differences (see `cache.radix_driver`): `hit` comes in two runs,
   first for the blocks that the lookup hit, then for resident ones beyond the most it may hit; `pins[block]` is the
   number of locks and of resident blocks right below, while `pin` and `unpin` tell of locks alone; `evict` may return
@@ -86,9 +90,10 @@ LEADING = {
     "expire": ("now", "pins"),
     "admit": ("key", "now", "pins"),
     "remove": ("key",),
+    "soon": ("key", "near", "pins"),
 }
 # What a driver gets from a function that the policy does not have.
-OTHERWISE = {"pin": None, "unpin": None, "begin": None, "expire": -1, "admit": True, "remove": None}
+OTHERWISE = {"pin": None, "unpin": None, "begin": None, "expire": -1, "admit": True, "remove": None, "soon": None}
 SEMANTICS = ("object", "prefix", "radix")
 SECOND_TOUCH = "second-touch"
 _FILE = re.compile(r"(?P<file>[^+]*\.py)(?::(?P<policy>[A-Za-z_][\w-]*)(?!\w*=))?")

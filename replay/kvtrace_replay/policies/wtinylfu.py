@@ -13,8 +13,12 @@ main cache for each block that it holds.
 
 Most hits are of few blocks, whose counts decide nothing while they are high. So a block whose ten counters have all
 come to `HIGH` is not counted there any more but in its own row, and these counts are carried over when they could
-matter: before counts are halved, and when one of two estimates to be compared is as high itself, in which case `HIGH`
-is doubled. An estimate below `HIGH` is exact, for it comes from a counter that no such block has.
+matter: before counts are halved, and when both of two estimates to be compared are as high themselves, in which case
+`HIGH` is doubled. An estimate below `HIGH` is exact, for it comes from a counter that no such block has.
+
+The ten counters of a block lie anywhere in the filter, which a processor's cache does not hold where the cache has
+some 100,000 blocks: waiting for them would be most of the work. So they are asked for early: those of a block that the
+stream is about to refer to (`soon`), and, with each eviction, those of the next candidate and the next victim.
 
 With prefixes, a reference of a request is a use when the request takes its blocks. A block that a running request holds
 is out of its list, though still counted there, and comes back at the new end when it is let go; if no block of the main
@@ -43,7 +47,8 @@ import numpy.typing as npt
 from kvtrace_replay.policies.registry import policy
 from kvtrace_replay.policies.stream import Stream
 from kvtrace_replay.structures.indices import as_index
-from kvtrace_replay.structures.lists import oldest, push_new, unlink
+from kvtrace_replay.structures.lists import TOWARDS_NEW, oldest, push_new, unlink
+from kvtrace_replay.structures.machine import prefetch
 from kvtrace_replay.structures.sketch import (
     Counters,
     Wide,
@@ -53,6 +58,7 @@ from kvtrace_replay.structures.sketch import (
     sketch_halve,
     sketch_hashes,
     sketch_magic,
+    sketch_prefetch,
 )
 from kvtrace_traces.compile import njit
 from kvtrace_traces.errors import UsageError
@@ -65,20 +71,30 @@ U32 = npt.NDArray[np.uint32]
 WINDOW, PROBATION, PROTECTED = range(3)
 # Columns of `rows`, after the links: the part, the hashes, 0 or 1 + uses not yet in the filter.
 PART, HASH_A, HASH_B, OWN_COUNT = range(2, 6)
+COLUMNS = 6
 # Slots of `counts`.
 IN_PROBATION, IN_PROTECTED, MOST_PROBATION, MOST_PROTECTED, HITS, HITS_TO_HALVE, HIGH, N_HIGH, MAGIC = range(9)
 LEAST_HIGH = 32
 
 
 @njit(cache=False)
-def _count(rows: U32, counters: Counters, wide: Wide, high: I32, counts: I64, key: int) -> None:
-    """A use of `key`."""
-    if rows[key, OWN_COUNT] > 0:
-        rows[key, OWN_COUNT] += np.uint32(1)
-    elif sketch_add(counters, wide, counts[MAGIC], rows[key, HASH_A], rows[key, HASH_B], 1) >= counts[HIGH]:
+def _count(rows: U32, counters: Counters, wide: Wide, high: I32, counts: I64, key: int) -> Any:
+    """A use of `key`, which does not count for itself. Returns the estimate that it had before."""
+    before: Any = sketch_add(counters, wide, counts[MAGIC], rows[key, HASH_A], rows[key, HASH_B], 1)
+    if before + 1 >= counts[HIGH]:
         rows[key, OWN_COUNT] = 1
         high[counts[N_HIGH]] = key
         counts[N_HIGH] += 1
+    return before
+
+
+@njit(cache=False)
+def _count_use(rows: U32, counters: Counters, wide: Wide, high: I32, counts: I64, key: int) -> None:
+    """A use of `key`."""
+    if rows[key, OWN_COUNT] > 0:
+        rows[key, OWN_COUNT] += np.uint32(1)
+    else:
+        _count(rows, counters, wide, high, counts, key)
 
 
 @njit(cache=False)
@@ -93,15 +109,42 @@ def _carry_over(rows: U32, counters: Counters, wide: Wide, high: I32, counts: I6
 
 
 @njit(cache=False)
-def _is_used_more(rows: U32, counters: Counters, wide: Wide, high: I32, counts: I64, one: int, other: int) -> bool:
+def _wins(rows: U32, counters: Counters, wide: Wide, high: I32, counts: I64, one: int, other: int) -> bool:
+    """Whether `one` was counted more often than `other`; then it is counted itself."""
+    others: Any = sketch_estimate(counters, wide, counts[MAGIC], rows[other, HASH_A], rows[other, HASH_B])
+    if others < counts[HIGH] and rows[one, OWN_COUNT] == 0:
+        return _count(rows, counters, wide, high, counts, one) > others
+    return _wins_high(rows, counters, wide, high, counts, one, other, others)
+
+
+@njit(cache=False)
+def _wins_high(
+    rows: U32, counters: Counters, wide: Wide, high: I32, counts: I64, one: int, other: int, others: int
+) -> bool:
+    """`_wins` where both may be high."""
     ones = sketch_estimate(counters, wide, counts[MAGIC], rows[one, HASH_A], rows[one, HASH_B])
-    others = sketch_estimate(counters, wide, counts[MAGIC], rows[other, HASH_A], rows[other, HASH_B])
-    if max(ones, others) >= counts[HIGH]:
+    if min(ones, others) >= counts[HIGH]:
         _carry_over(rows, counters, wide, high, counts)
         counts[HIGH] *= 2
         ones = sketch_estimate(counters, wide, counts[MAGIC], rows[one, HASH_A], rows[one, HASH_B])
         others = sketch_estimate(counters, wide, counts[MAGIC], rows[other, HASH_A], rows[other, HASH_B])
+    _count_use(rows, counters, wide, high, counts, one)
     return ones > others
+
+
+@njit(cache=False)
+def _bring_row(rows: U32, key: int) -> None:
+    """Asks for the row of `key`, which may lie in two lines of memory; also if it is a list's."""
+    first = as_index(key) * np.intp(COLUMNS)
+    prefetch(rows, first)
+    prefetch(rows, first + np.intp(COLUMNS - 1))
+
+
+@njit(cache=False)
+def _bring(rows: U32, counters: Counters, counts: I64, key: int) -> None:
+    """Asks for the counters of `key`, if it is counted there; its row should be near."""
+    if rows[key, OWN_COUNT] == 0:
+        sketch_prefetch(counters, counts[MAGIC], rows[key, HASH_A], rows[key, HASH_B])
 
 
 @njit(cache=False)
@@ -162,7 +205,7 @@ class WTinyLfu:
         n = stream.n_identities
         main = capacity - max(1, int(window * capacity))
         protected = main * 4 // 5
-        rows = np.zeros((n + 3, 6), np.uint32)
+        rows = np.zeros((n + 3, COLUMNS), np.uint32)
         rows[n:, :2] = np.arange(n, n + 3, dtype=np.uint32)[:, None]
         rows[:n, HASH_A : HASH_B + 1] = stream.share("sketch hashes", lambda: sketch_hashes(n))
         counters, wide = new_sketch(main)
@@ -173,7 +216,7 @@ class WTinyLfu:
     def insert(key: int, now: int, rows: U32, counters: Counters, wide: Wide, high: I32, counts: I64) -> None:
         rows[key, PART] = WINDOW
         push_new(rows, rows.shape[0] - 3, key)
-        _count(rows, counters, wide, high, counts, key)
+        _count_use(rows, counters, wide, high, counts, key)
 
     @staticmethod
     def hit(
@@ -185,7 +228,7 @@ class WTinyLfu:
                 push_new(rows, rows.shape[0] - 3, key)
             return
         _use_in_main(rows, counts, key, pinned)
-        _count(rows, counters, wide, high, counts, key)
+        _count_use(rows, counters, wide, high, counts, key)
         counts[HITS] += 1
         if counts[HITS] >= counts[HITS_TO_HALVE]:
             counts[HITS] = 0
@@ -208,15 +251,24 @@ class WTinyLfu:
             unlink(rows, candidate)
             if room > 0:
                 _enter_main(rows, counts, candidate)
-                _count(rows, counters, wide, high, counts, candidate)
+                _count_use(rows, counters, wide, high, counts, candidate)
                 room -= 1
                 continue
-            if victim != window + PROTECTED and _is_used_more(rows, counters, wide, high, counts, candidate, victim):
-                _remove(rows, counts, victim)
-                _enter_main(rows, counts, candidate)
-            else:
-                victim = candidate
-            _count(rows, counters, wide, high, counts, candidate)
+            following = as_index(oldest(rows, window))
+            if following != window:
+                _bring_row(rows, rows[following, TOWARDS_NEW])
+                _bring(rows, counters, counts, following)
+            if victim == window + PROTECTED:
+                _count_use(rows, counters, wide, high, counts, candidate)
+                return candidate
+            if not _wins(rows, counters, wide, high, counts, candidate, victim):
+                return candidate
+            following = as_index(rows[victim, TOWARDS_NEW])
+            _remove(rows, counts, victim)
+            _enter_main(rows, counts, candidate)
+            if following < window:
+                _bring(rows, counters, counts, following)
+                _bring_row(rows, rows[following, TOWARDS_NEW])
             return victim
 
     @staticmethod
@@ -233,3 +285,13 @@ class WTinyLfu:
             unlink(rows, key)
         else:
             _remove(rows, counts, key)
+
+    @staticmethod
+    def soon(
+        key: int, near: bool, pins: I32, rows: U32, counters: Counters, wide: Wide, high: I32, counts: I64
+    ) -> None:
+        if near:
+            _bring(rows, counters, counts, key)
+        else:
+            prefetch(pins, key)
+            _bring_row(rows, key)

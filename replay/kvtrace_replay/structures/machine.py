@@ -31,7 +31,8 @@ else:
 
     @intrinsic
     def prefetch(typing_context: Any, array: Any, index: Any) -> Any:
-        """Asks for `array[index]` (one-dimensional, C-contiguous) to be brought near; changes nothing, never fails."""
+        """Asks for element `index` of `array` (C-contiguous; counted through all its dimensions) to be brought near;
+        changes nothing, never fails."""
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             data = context.make_array(signature.args[0])(context, builder, args[0]).data

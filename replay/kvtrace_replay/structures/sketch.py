@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kvtrace_replay.structures.machine import prefetch
 from kvtrace_traces.compile import njit
 
 Counters = npt.NDArray[np.uint8]
@@ -87,27 +88,27 @@ def _place(at: Any, magic: Any, size: Any) -> Any:
 
 @njit(cache=False)
 def _add_wide(counters: Counters, wide: Wide, place: Any, times: int) -> int:
-    """`sketch_add` to a counter that is wide, or will be."""
-    before = np.int64(wide[place]) if counters[place] == IS_WIDE else np.int64(counters[place])
-    count: Any = min(before + times, FULL)
+    """`sketch_add` to a counter that is wide, or will be; returns what it was."""
+    before: Any = np.int64(wide[place]) if counters[place] == IS_WIDE else np.int64(counters[place])
     counters[place] = IS_WIDE
-    wide[place] = count
-    return count
+    wide[place] = min(before + times, FULL)
+    return before
 
 
 @njit(cache=False)
 def sketch_add(counters: Counters, wide: Wide, magic: int, a: int, b: int, times: int) -> int:
-    """Counts the block of hashes `a` and `b` (uint32) so many times; modifies the arrays; returns its estimate."""
+    """Counts the block of hashes `a` and `b` (uint32) so many times; modifies the arrays. Returns the estimate that it
+    had before."""
     at: Any = a
     least: Any = np.int64(FULL)
     for _ in range(PLACES):
         place = _place(at, np.uint64(magic), np.uint64(counters.size))
-        count: Any = np.int64(counters[place]) + times
-        if count < IS_WIDE:
-            counters[place] = count
+        before: Any = np.int64(counters[place])
+        if before + times < IS_WIDE:
+            counters[place] = before + times
         else:
-            count = _add_wide(counters, wide, place, times)
-        least = min(least, count)
+            before = _add_wide(counters, wide, place, times)
+        least = min(least, before)
         at = np.uint32(at + b)  # wraps around, as it must
     return least
 
@@ -128,6 +129,15 @@ def sketch_estimate(counters: Counters, wide: Wide, magic: int, a: int, b: int) 
         most = min(most, wide[_place(at, np.uint64(magic), np.uint64(counters.size))])
         at = np.uint32(at + b)
     return np.int64(most)
+
+
+@njit(cache=False)
+def sketch_prefetch(counters: Counters, magic: int, a: int, b: int) -> None:
+    """Asks for the counters of these hashes to be brought near."""
+    at: Any = a
+    for _ in range(PLACES):
+        prefetch(counters, _place(at, np.uint64(magic), np.uint64(counters.size)))
+        at = np.uint32(at + b)
 
 
 @njit(cache=False)

@@ -35,13 +35,10 @@ def test_random_counts_of_all_sizes() -> None:
             if rng.random() < 0.03:
                 sketch_halve(counters, wide)
                 twin.halve()
-            estimate = sketch_add(counters, wide, magic, a, b, times)
+            # A place that a block has twice is counted twice.
+            assert sketch_add(counters, wide, magic, a, b, times) == twin.count(key)
             for _ in range(times):
                 twin.add(key)
-            counted = [twin.counters[place] for place in twin.places(key)]
-            # A place that a block has twice is counted twice; what is returned is the least after each.
-            assert estimate <= min(counted)
-            assert len(set(twin.places(key))) < 10 or estimate == min(counted)
             key = rng.randrange(40)
             assert sketch_estimate(counters, wide, magic, *hashes[key]) == twin.count(key)
         wide_ones += int((counters == 255).sum())
@@ -52,8 +49,7 @@ def test_a_counter_stops() -> None:
     counters, wide = new_sketch(30)
     magic = sketch_magic(counters)
     a, b = sketch_hashes(1)[0]
-    for _ in range(3):
-        assert sketch_add(counters, wide, magic, a, b, 40_000) in (40_000, 65_535)
+    assert [sketch_add(counters, wide, magic, a, b, 40_000) for _ in range(3)] == [0, 40_000, 65_535]
     assert sketch_estimate(counters, wide, magic, a, b) == 65_535
     for halved in (32_767, 16_383):
         sketch_halve(counters, wide)
