@@ -5,11 +5,13 @@
 The trace is a simulated run of an enlarged workload (`large_workload.py`), written as `kvtrace simulate -o` writes one.
 Then, each in a process of its own, with the most memory that it held:
 
-convert  the trace to a folder of Parquet, from opening it on: the tables, and with them the views for plain DuckDB.
+convert  the trace to a folder of Parquet, from opening it on: the tables alone, and then anew with what the views for
+         plain DuckDB need, as `kvtrace export parquet` does.
 queries  every query of docs/sql-cookbook.md with `kvtrace sql`'s database: the first time, and warm (the third time;
          what a database keeps, it keeps from the second on).
 plain    the same in plain DuckDB, with the views that are shipped, on Parquet made by Polars with its own settings:
          warm, and how much longer or shorter kvtrace takes.
+rows     the same, where the rows of the views are Parquet as well: somebody has spared DuckDB the work.
 report   `kvtrace report`, where this version has it.
 
 `--limit` ends a query after so many seconds. Needs some 25 bytes of disk an event in DIR; what is written there is
@@ -39,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import large_workload
 
-STAGES = ("convert", "queries", "plain", "report")
+STAGES = ("convert", "queries", "plain", "rows", "report")
 GOAL_EVENTS_PER_S, GOAL_QUERY_S, GOAL_RATIO = 10e6, 3.0, 1.5
 
 
@@ -80,19 +82,16 @@ def convert(trace: Path, folder: Path, limit: float) -> dict[str, Any]:
     from kvtrace_traces import exporters
 
     small = folder / "small"
-    exporters.run("parquet", kvtrace.open(samples.path("thrash")).reader, small)  # compiles
-    shipped.write(kvtrace.open(samples.path("thrash")).reader, small)
-    begin, work = time.perf_counter(), time.process_time()
-    opened = kvtrace.open(trace).reader
-    told = exporters.run("parquet", opened, folder / "exported")
-    tables, tables_cpu = time.perf_counter() - begin, time.process_time() - work
-    shipped.write(opened, folder / "exported")
-    whole, whole_cpu = time.perf_counter() - begin, time.process_time() - work
-    size = told["bytes"]
-    shutil.rmtree(folder / "exported")
+    exporters.run("parquet", kvtrace.open(samples.path("thrash")).reader, small, beside=shipped.write)  # compiles
     shutil.rmtree(small)
-    return {"events": told["tables"]["block_events"]["rows"], "bytes": size, "tables_s": tables, "whole_s": whole,
-            "tables_cpu_s": tables_cpu, "whole_cpu_s": whole_cpu}  # fmt: skip
+    found: dict[str, Any] = {}
+    kinds: dict[str, dict[str, Any]] = {"tables": {}, "whole": {"beside": shipped.write}}
+    for what, options in kinds.items():
+        begin, work = time.perf_counter(), time.process_time()
+        told = exporters.run("parquet", kvtrace.open(trace).reader, folder / "exported", **options)
+        found |= {f"{what}_s": time.perf_counter() - begin, f"{what}_cpu_s": time.process_time() - work}
+        shutil.rmtree(folder / "exported")
+    return {"events": told["tables"]["block_events"]["rows"], "bytes": told["bytes"], **found}
 
 
 def queries(trace: Path, folder: Path, limit: float) -> list[dict[str, Any]]:
@@ -131,22 +130,40 @@ def plain(trace: Path, folder: Path, limit: float) -> list[dict[str, Any]]:
         if view.make is not None:
             opened.sql(f"FROM {view.name}").write_parquet(place / f"{view.name}.parquet")
     del opened
+    return answered(place, shipped.script(), limit)
+
+
+def rows(trace: Path, folder: Path, limit: float) -> list[dict[str, Any]]:
+    import kvtrace
+    from kvtrace.views import every_table
+
+    place = folder / "rows"
+    place.mkdir(exist_ok=True)
+    words = set(re.findall(r"\w+", " ".join(query for _, query in cookbook())))
+    named = [table.name for table in every_table() if table.name in words]
+    for name in named:  # each from a trace of its own: what one keeps takes memory
+        kvtrace.open(trace).sql(f"FROM {name}").write_parquet(place / f"{name}.parquet")
+    return answered(place, ";".join(f"CREATE VIEW {name} AS FROM '{name}.parquet'" for name in named), limit)
+
+
+def answered(place: Path, script: str, limit: float) -> list[dict[str, Any]]:
+    """What the queries take in plain DuckDB, after the script, on the files of a folder, which is then removed."""
     os.chdir(place)
     connection = duckdb.connect()
-    connection.execute(shipped.script())
+    connection.execute(script)
     connection.execute(f"SET temp_directory = '{place / 'overflow'}'")
     connection.execute("SET memory_limit = '8GB'; SET max_temp_directory_size = '2GB'")  # the machine is not ours alone
-    rows = []
+    found = []
     for title, query in cookbook():
         times = []
         for _ in range(2):
             times.append(timed(lambda query=query: connection.sql(query).arrow(), connection.interrupt, limit))
             if times[-1] is None:
                 break
-        rows.append({"title": title, **last(times, 2)})
-        print(rows[-1], file=sys.stderr, flush=True)
+        found.append({"title": title, **last(times, 2)})
+        print(found[-1], file=sys.stderr, flush=True)
     shutil.rmtree(place)
-    return rows
+    return found
 
 
 def report(trace: Path, folder: Path, limit: float) -> dict[str, Any] | None:
@@ -204,6 +221,14 @@ def seconds(value: float | None, limit: float) -> str:
     return f"> {limit:.0f}" if value is None else f"{value:.2f}"
 
 
+def compared(ours: dict[str, Any], other: dict[str, Any] | None, limit: float) -> str:
+    """What another took, and how many times as long kvtrace took."""
+    if other is None:
+        return f"{'-':>9}{'-':>8}{'-':>7}"
+    ratio = f"{ours['warm'] / other['warm']:.2f}" if ours["warm"] and other["warm"] else "-"
+    return f"{seconds(other['warm'], limit):>9}{seconds(other['warm_cpu'], limit):>8}{ratio:>7}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="scratch space")
@@ -239,20 +264,19 @@ def main() -> None:
                     f"{load()}"
                 )
     ours, ours_most = stage("queries", options, trace) if "queries" in wanted else (None, None)
-    theirs, theirs_most = stage("plain", options, trace) if "plain" in wanted else (None, None)
+    others = {name: stage(name, options, trace) for name in ("plain", "rows") if name in wanted}
     if ours:
-        against = {row["title"]: row["warm"] for row in theirs or []}
         goals = f"goals: {GOAL_QUERY_S:.0f} s, {GOAL_RATIO} times"
-        print(f"{'first s':>8}{'warm s':>8}{'CPU s':>7}{'plain s':>9}{'ratio':>7}  {goals}  {load()}")
-        for (title, _), row in zip(cookbook(), ours, strict=True):
-            other = against.get(title)
-            ratio = f"{row['warm'] / other:.2f}" if row["warm"] and other else "-"
+        heads = "".join(f"{name + ' s':>9}{'CPU s':>8}{'ratio':>7}" for name in others)
+        print(f"{'first s':>8}{'warm s':>8}{'CPU s':>7}{heads}  {goals}  {load()}")
+        for nth, row in enumerate(ours):
+            cells = "".join(compared(row, found and found[nth], options.limit) for found, _ in others.values())
             print(
                 f"{seconds(row['first'], options.limit):>8}{seconds(row['warm'], options.limit):>8}"
-                f"{seconds(row['warm_cpu'], options.limit):>7}"
-                f"{seconds(other, options.limit) if theirs else '-':>9}{ratio:>7}  {title}"
+                f"{seconds(row['warm_cpu'], options.limit):>7}{cells}  {row['title']}"
             )
-        print(f"at most {ours_most:.1f} GiB" + (f", plain DuckDB {theirs_most:.1f} GiB" if theirs_most else ""))
+        held_most = {"kvtrace": ours_most, **{name: held for name, (_, held) in others.items()}}
+        print("at most " + ", ".join(f"{name} {held:.1f} GiB" for name, held in held_most.items() if held))
     if "report" in wanted:
         found, _ = stage("report", options, trace)
         if found is None:

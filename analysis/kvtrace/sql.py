@@ -6,18 +6,16 @@ the configuration locked before the first query runs.
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
-from pathlib import Path
 from typing import Any, Protocol
 
 import duckdb
 import polars as pl
 
+from kvtrace import overflow
 from kvtrace.views import EXTRA, View, every_table, extra, filled, views
 from kvtrace_traces.errors import KvtraceError, UsageError
 
@@ -66,9 +64,7 @@ class Database:
         self._most_bytes = most_bytes
         self._kept: dict[str, int] = {}  # bytes of the views that are kept, the one named last at the end
         self._connection = duckdb.connect(":memory:")
-        # What does not fit into memory goes there, and not into a folder beside the user's files. DuckDB removes it.
-        overflow = Path(tempfile.gettempdir()) / f"kvtrace-sql-{os.getpid()}-{id(self):x}"
-        self._connection.execute(f"SET temp_directory = '{str(overflow).replace(chr(39), chr(39) * 2)}'")
+        overflow.bound(self._connection, f"{id(self):x}")
         if unsafe:
             return
         self._connection.execute("SET enable_external_access = false")
@@ -110,7 +106,7 @@ class Database:
             while not wait([answer], timeout=0.5).done:  # a wait without end could sleep through a Ctrl-C
                 pass
             return answer.result()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
             # An interruption counts only while DuckDB executes, so one that came a moment too early is lost.
             for _ in range(50):
                 self._connection.interrupt()

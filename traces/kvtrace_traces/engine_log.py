@@ -74,6 +74,7 @@ class EngineLog:
         self._recover = recover
         self._decoded: Decoded | None = None
         self._chained: tuple[NDArray[np.bool_], Chains, NDArray[np.int32]] | None = None
+        self._decoding = threading.Lock()  # several threads that want the tables wait for one
         self._lock = threading.Lock()  # block events may be gone through in several threads at once
         self.raw: NDArray[np.int32] | None = None  # content ids, once decoded
         self.raw_hashes: NDArray[np.uint64] | None = None  # what stands in the log for each of them
@@ -224,9 +225,10 @@ class EngineLog:
 
     def decode(self) -> Decoded:
         """Decode everything but block events, once."""
-        if self._decoded is None:
-            for _ in self.pieces():
-                pass
+        with self._decoding:
+            if self._decoded is None:
+                for _ in self.pieces():
+                    pass
         assert self._decoded is not None
         return self._decoded
 

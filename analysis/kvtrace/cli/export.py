@@ -40,10 +40,11 @@ def command(format_: str, trace: Path, out: Path, force: bool) -> int:
     from kvtrace_traces import exporters
 
     (opened,) = open_traces([trace])
-    exporters.run(format_, opened.reader, out, force=force)
+    options = {}
     if format_ == "parquet":
         from kvtrace.views import shipped
 
-        shipped.write(opened.reader, out)
+        options["beside"] = shipped.write
+    exporters.run(format_, opened.reader, out, force=force, **options)
     note(f"wrote {out}")
     return exit_code([opened])

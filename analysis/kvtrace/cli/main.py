@@ -1,6 +1,7 @@
 """The `kvtrace` group: finds a command's file when it is asked for, and turns every ending into an exit code.
 
-Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but the input was damaged or lossy; 130 interrupted.
+Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but the input was damaged or lossy; 130 interrupted,
+143 terminated (SIGTERM).
 `record` leaves with the exit code of the command it ran.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -195,6 +197,12 @@ def cli() -> None:
     """See what an LLM server's KV cache did, and replay it at settings that were never run."""
 
 
+def _end(number: int, _frame: object) -> NoReturn:
+    """End as an exit does, so that what is temporary is removed; the code is the one that shells give."""
+    raise SystemExit(128 + number)
+
+
 def main() -> NoReturn:
     """The entry point of the `kvtrace` script."""
+    signal.signal(signal.SIGTERM, _end)
     cli.main()

@@ -88,9 +88,10 @@ def _exists(word: str) -> bool:
 def shell(traces: Sequence[Trace], program: str, unsafe: bool) -> None:
     """Run DuckDB's shell on a database file of the traces, which is gone afterwards; without `unsafe` it can only
     read."""
+    from kvtrace import overflow
     from kvtrace.views import database_file
 
-    with tempfile.TemporaryDirectory(prefix="kvtrace-sql-") as folder:
+    with tempfile.TemporaryDirectory(dir=overflow.folder()) as folder:
         path = Path(folder) / "trace.duckdb"
         database_file.write(traces, path)
         note("SHOW TABLES; lists the tables, .quit leaves")

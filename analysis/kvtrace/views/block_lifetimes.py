@@ -26,10 +26,13 @@ VIEW = View(
         Column("request", "i32", "request", "the request that filled it", True),
         Column("fill_step", "i32", "step", "the step in which it was filled; null: before a cut began", True),
         Column("fill_ns", "i64", "ns", "when it was filled", True),
-        Column("uses", "i64", "times", "hits: requests that took it from the cache; in a cut, from its begin on"),
+        Column("uses", "i32", "times", "hits: requests that took it from the cache; in a cut, from its begin on"),
         Column("first_use_ns", "i64", "ns", "the first of them", True),
         Column("last_use_ns", "i64", "ns", "the last of them", True),
         Column("ended_by", "str", "", "`evict`, `reset` (everything was forgotten) or `fill` (overwritten)", True),
+        Column(
+            "evicted_by", "i32", "request", "the request that it was evicted for; null unless it was, and told", True
+        ),
         Column("evict_step", "i32", "step", "the step in which its identity was forgotten", True),
         Column("evict_ns", "i64", "ns", "when that was; null: still cached at the end of the trace", True),
         Column("lifetime_ns", "i64", "ns", "from fill to that", True),
@@ -52,12 +55,15 @@ lives AS (
          min(identity) FILTER (WHERE kind = 'fill') AS identity,
          min(request) FILTER (WHERE kind = 'fill') AS request,
          min(holders) FILTER (WHERE kind = 'fill') AS holders,
-         count(*) FILTER (WHERE kind = 'hit') AS uses,
-         min(time_ns) FILTER (WHERE kind = 'hit') AS first_use_ns,
-         max(time_ns) FILTER (WHERE kind = 'hit') AS last_use_ns,
+         -- A connector holds a block while it copies it: a hit of no request, which is no use.
+         count(*) FILTER (WHERE kind = 'hit') AS hits,
+         count(*) FILTER (WHERE kind = 'hit' AND request IS NOT NULL)::INTEGER AS uses,
+         min(time_ns) FILTER (WHERE kind = 'hit' AND request IS NOT NULL) AS first_use_ns,
+         max(time_ns) FILTER (WHERE kind = 'hit' AND request IS NOT NULL) AS last_use_ns,
          count(*) FILTER (WHERE kind = 'free') AS frees,
          max(time_ns) FILTER (WHERE kind = 'free') AS last_free_ns,
          min(n) FILTER (WHERE kind = 'evict') AS evict_n,
+         arg_min(request, n) FILTER (WHERE kind = 'evict' AND request IS NOT NULL) AS evictor,
          min(step) FILTER (WHERE kind = 'evict') AS evict_step,
          min(time_ns) FILTER (WHERE kind = 'evict') AS evict_ns
   FROM numbered WHERE fill_n IS NOT NULL GROUP BY {{key}}, block, fill_n),
@@ -77,9 +83,10 @@ dated AS (
          CASE ended_by WHEN 'reset' THEN reset_step WHEN 'fill' THEN next_step ELSE evict_step END AS evict_step,
          CASE ended_by WHEN 'reset' THEN reset_ns WHEN 'fill' THEN next_ns ELSE evict_ns END AS evict_ns
   FROM ends)
-SELECT {{key}}, block, identity, request, fill_step, fill_ns, uses, first_use_ns, last_use_ns, ended_by, evict_step,
-       evict_ns, evict_ns - fill_ns AS lifetime_ns,
-       CASE WHEN frees = uses + holders THEN evict_ns - last_free_ns END AS idle_ns
+SELECT {{key}}, block, identity, request, fill_step, fill_ns, uses, first_use_ns, last_use_ns, ended_by,
+       CASE WHEN ended_by = 'evict' THEN evictor END AS evicted_by, evict_step, evict_ns,
+       evict_ns - fill_ns AS lifetime_ns,
+       CASE WHEN frees = hits + holders THEN evict_ns - last_free_ns END AS idle_ns
 FROM dated
 """,
     fast=_fast,

@@ -25,12 +25,12 @@ ENDS = ("evict", "reset", "fill")
 BY_EVICT, BY_RESET, BY_FILL = range(3)
 CHUNK = 1 << 20
 # Rows of the int64 table of lives; NO_TIME where there is none.
-FILL_NS, USES, FIRST_USE, LAST_USE, EVICT_NS, LIFETIME, IDLE = range(7)
+FILL_NS, FIRST_USE, LAST_USE, EVICT_NS, LIFETIME, IDLE, WIDE = range(7)
 # Rows of the int32 table; -1 where there is none.
-BLOCK, IDENTITY, REQUEST, FILL_STEP, EVICT_STEP = range(5)
+BLOCK, IDENTITY, REQUEST, FILL_STEP, USES, EVICTED_BY, EVICT_STEP, NARROW = range(8)
 # Columns of what is known of the life that a block is in: int64 and int32.
 L_FILL_NS, L_FIRST, L_LAST, L_FREED, L_END_NS = range(5)
-L_IDENTITY, L_REQUEST, L_STEP, L_USES, L_FREES, L_END_STEP, L_ENDED = range(7)
+L_IDENTITY, L_REQUEST, L_STEP, L_USES, L_HOLDERS, L_EVICTED_BY, L_END_STEP, L_ENDED, L_WIDTH = range(9)
 NO_LIFE, LIVES = -2, -1  # in L_ENDED, else a place in ENDS
 
 
@@ -41,7 +41,7 @@ def lifetimes(trace: Any) -> pl.DataFrame:
 
 def _of_engine(trace: Any, header: dict[str, Any]) -> Iterator[pl.DataFrame]:
     blocks = block_count(trace, header)
-    times, others = np.zeros((blocks, 5), np.int64), np.zeros((blocks, 7), np.int32)
+    times, others = np.zeros((blocks, 5), np.int64), np.zeros((blocks, L_WIDTH), np.int32)
     others[:, L_ENDED] = NO_LIFE
     _carry(trace, header, times, others)
     wide, narrow, ended, made = *_table(max(CHUNK, blocks)), 0
@@ -66,11 +66,11 @@ def _carry(trace: Any, header: dict[str, Any], times: I64, others: I32) -> None:
     times[block] = NO_TIME
     others[block, L_IDENTITY], others[block, L_REQUEST] = carried["identity"].to_numpy(), -1
     others[block, L_STEP], others[block, L_ENDED] = -1, LIVES
-    others[block, L_FREES] = 1 - carried["holders"].to_numpy()  # as if it had been filled, and one held it
+    others[block, L_HOLDERS], others[block, L_EVICTED_BY] = carried["holders"].to_numpy(), -1
 
 
 def _table(rows: int) -> tuple[I64, I32, I8]:
-    return np.empty((7, rows), np.int64), np.empty((5, rows), np.int32), np.empty(rows, np.int8)
+    return np.empty((WIDE, rows), np.int64), np.empty((NARROW, rows), np.int32), np.empty(rows, np.int8)
 
 
 @njit
@@ -79,8 +79,8 @@ def _follow(
 ) -> int:
     """Adds the lives that are over to the tables, behind the `made` ones, and returns how many there are then.
 
-    `times` int64[blocks, 5], `others` int32[blocks, 7]: the life that each block is in. Events count for the last fill
-    of their block, so a life is written down when its block is filled again.
+    `times` int64[blocks, 5], `others` int32[blocks, L_WIDTH]: the life that each block is in. Events count for the last
+    fill of their block, so a life is written down when its block is filled again.
     """
     for n in range(kinds.size):
         what = kinds[n]
@@ -104,23 +104,30 @@ def _follow(
                 made += 1
             others[block, L_IDENTITY], others[block, L_REQUEST] = events[E_IDENTITY, n], events[E_REQUEST, n]
             others[block, L_STEP], others[block, L_ENDED] = events[E_STEP, n], LIVES
-            others[block, L_USES], others[block, L_FREES] = 0, 0
+            others[block, L_USES], others[block, L_HOLDERS] = 0, 1
+            others[block, L_EVICTED_BY] = -1
             times[block, L_FILL_NS], times[block, L_FIRST] = now, NO_TIME
             times[block, L_LAST], times[block, L_FREED] = NO_TIME, NO_TIME
         elif state == NO_LIFE:
             continue
         elif what == HIT:
+            others[block, L_HOLDERS] += 1
+            if events[E_REQUEST, n] < 0:
+                continue  # a connector holds it while it copies it
             others[block, L_USES] += 1
             if times[block, L_FIRST] == NO_TIME or now < times[block, L_FIRST]:
                 times[block, L_FIRST] = now
             times[block, L_LAST] = max(times[block, L_LAST], now)
         elif what == FREE:
-            others[block, L_FREES] += 1
+            others[block, L_HOLDERS] -= 1
             times[block, L_FREED] = max(times[block, L_FREED], now)
         elif state == LIVES:
             others[block, L_ENDED] = BY_EVICT
+            others[block, L_EVICTED_BY] = events[E_REQUEST, n]
             others[block, L_END_STEP], times[block, L_END_NS] = events[E_STEP, n], now
         elif state == BY_EVICT:
+            if others[block, L_EVICTED_BY] < 0:
+                others[block, L_EVICTED_BY] = events[E_REQUEST, n]
             others[block, L_END_STEP] = min(others[block, L_END_STEP], events[E_STEP, n])
             times[block, L_END_NS] = min(times[block, L_END_NS], now)
     return made
@@ -140,16 +147,17 @@ def _still_cached(times: I64, others: I32, wide: I64, narrow: I32, ended: I8, ma
 def _write(block: Any, times: I64, others: I32, wide: I64, narrow: I32, ended: I8, k: int) -> None:
     over = others[block, L_ENDED] != LIVES
     begun, end = times[block, L_FILL_NS], times[block, L_END_NS]
-    uses, freed = others[block, L_USES], times[block, L_FREED]
+    freed = times[block, L_FREED]
     narrow[BLOCK, k], narrow[IDENTITY, k] = block, others[block, L_IDENTITY]
     narrow[REQUEST, k], narrow[FILL_STEP, k] = others[block, L_REQUEST], others[block, L_STEP]
+    narrow[USES, k], narrow[EVICTED_BY, k] = others[block, L_USES], others[block, L_EVICTED_BY]
     narrow[EVICT_STEP, k] = others[block, L_END_STEP] if over else -1
-    wide[FILL_NS, k], wide[USES, k] = begun, uses
+    wide[FILL_NS, k] = begun
     wide[FIRST_USE, k], wide[LAST_USE, k] = times[block, L_FIRST], times[block, L_LAST]
     wide[EVICT_NS, k] = end if over else NO_TIME
     wide[LIFETIME, k] = end - begun if over and begun != NO_TIME else NO_TIME
     # Else a request still holds it, or nobody is known to have let it go.
-    let_go = over and others[block, L_FREES] == uses + 1 and freed != NO_TIME
+    let_go = over and others[block, L_HOLDERS] == 0 and freed != NO_TIME
     wide[IDLE, k] = end - freed if let_go else NO_TIME
     ended[k] = others[block, L_ENDED]
 
@@ -169,10 +177,11 @@ def _frame(header: dict[str, Any], wide: I64, narrow: I32, ended: I8) -> pl.Data
             "request": small(REQUEST),
             "fill_step": small(FILL_STEP),
             "fill_ns": time(FILL_NS),
-            "uses": pl.Series(wide[USES]),
+            "uses": pl.Series(narrow[USES]),
             "first_use_ns": time(FIRST_USE),
             "last_use_ns": time(LAST_USE),
             "ended_by": pl.Series(ENDS, dtype=pl.Enum(ENDS)).gather(known(ended.astype(np.uint32), ended >= 0)),
+            "evicted_by": small(EVICTED_BY),
             "evict_step": small(EVICT_STEP),
             "evict_ns": time(EVICT_NS),
             "lifetime_ns": time(LIFETIME),

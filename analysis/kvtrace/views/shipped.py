@@ -11,7 +11,7 @@ from typing import Any
 
 from kvtrace.sql import Database
 from kvtrace.views import EXTRA, extra, filled, source_of, views
-from kvtrace_traces.exporters.parquet import slices, write_pieces
+from kvtrace_traces.exporters.parquet import WRITTEN, write_pieces
 from kvtrace_traces.schema import TABLES
 
 NAME = "views.sql"
@@ -36,16 +36,16 @@ def script() -> str:
 
 
 def write(trace: Any, folder: Path) -> None:
-    """Add the views, and the tables that they need, to an exported folder. `trace` is what was exported."""
+    """Add the views, and the tables that they need, to a folder of an export, while that writes it or
+    afterwards. `trace` is what is exported."""
     for table in EXTRA:
-        path = folder / f"{table}.parquet"
-        if not path.exists():  # the export itself writes some
-            extra.frame(table, trace).write_parquet(path)
+        if table not in WRITTEN:  # the export itself writes those
+            write_pieces([extra.frame(table, trace)], folder / f"{table}.parquet")
     database = Database([trace])
     for view in views().values():
         if view.make is not None:
             rows = view.fast(trace) if view.fast is not None else None
             if rows is None:
                 rows = database.query(f"FROM {view.name}")
-            write_pieces(slices(rows), folder / f"{view.name}.parquet")
+            write_pieces([rows], folder / f"{view.name}.parquet")
     (folder / NAME).write_text(script())

@@ -52,9 +52,13 @@ def block_lifetimes(trace: kvtrace.Trace) -> list[Row]:
         life = held.pop(block)
         frees, last_free = life.pop("frees"), life.pop("last_free")
         when = event["time_ns"] if event else None
-        life |= {"ended_by": why, "evict_step": event["step"] if event else None, "evict_ns": when}
+        life |= {
+            "ended_by": why, "evicted_by": event["request"] if event and why == "evict" else None,
+            "evict_step": event["step"] if event else None, "evict_ns": when,
+        }  # fmt: skip
+        hits = life.pop("hits")
         life["lifetime_ns"] = None if when is None else when - life["fill_ns"]
-        life["idle_ns"] = when - last_free if when is not None and frees == life["uses"] + 1 else None
+        life["idle_ns"] = when - last_free if when is not None and frees == hits + 1 else None
         done.append(life)
 
     for event in rows_of(trace, "block_events"):
@@ -69,13 +73,16 @@ def block_lifetimes(trace: kvtrace.Trace) -> list[Row]:
                 end(block, event, "fill")
             held[block] = {
                 "engine_index": 0, "block": block, "identity": identity, "request": event["request"],
-                "fill_step": event["step"], "fill_ns": event["time_ns"], "uses": 0, "first_use_ns": None,
+                "fill_step": event["step"], "fill_ns": event["time_ns"], "uses": 0, "hits": 0, "first_use_ns": None,
                 "last_use_ns": None, "frees": 0, "last_free": None,
             }  # fmt: skip
         elif block not in held:
             continue
         elif kind == "hit":
             life = held[block]
+            life["hits"] += 1
+            if event["request"] is None:
+                continue  # a connector holds it while it copies it
             life["uses"] += 1
             life["last_use_ns"] = event["time_ns"]
             life["first_use_ns"] = event["time_ns"] if life["first_use_ns"] is None else life["first_use_ns"]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -16,6 +17,7 @@ import toys
 import kvtrace
 from kvtrace import samples, sql
 from kvtrace.views import views
+from kvtrace_traces import tables
 
 # Where preemptions of a step cannot be told from one another, SQL takes any of them; see `test_views.py`.
 EXACT_ONLY = ("misses",)
@@ -73,3 +75,30 @@ def test_a_view_is_kept_from_the_second_query_on(thrash: Path) -> None:
     assert second.equals(third)
     assert "latencies" not in database._views
     assert "preemptions" in database._views
+
+
+class Scripted:
+    """A trace of one engine with these events of block 1: kind, request, time."""
+
+    path = Path("scripted.kvt")
+
+    def __init__(self, events: list[tuple[str, int | None, int]]) -> None:
+        self.engines = [{"engine_index": 0, "block_size": 16, "num_blocks": 4}]
+        rows = [(0, n, time, request, kind, 1, 7, 0) for n, (kind, request, time) in enumerate(events)]
+        self.block_events = pl.DataFrame(rows, tables.schema("block_events"), orient="row")
+
+
+def test_a_block_held_for_its_copy_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[tuple[str, int | None, int]] = [("hit", None, 20), ("free", 0, 30), ("free", None, 50)]
+    trace = Scripted(
+        [("fill", 0, 10), *copied[:2], ("hit", 1, 40), copied[2], ("free", 1, 60), ("evict", 2, 100), ("fill", 2, 100),
+         ("hit", None, 110), ("free", None, 120), ("free", 2, 130), ("evict", None, 200)]
+    )  # fmt: skip
+    query = (
+        "SELECT uses, first_use_ns, last_use_ns, ended_by, evicted_by, idle_ns FROM block_lifetimes ORDER BY fill_ns"
+    )
+    wanted = [(1, 40, 40, "evict", 2, 40), (0, None, None, "evict", None, 70)]
+    assert sql.Database([trace]).query(query).rows() == wanted
+    slow = {name: each._replace(fast=None) for name, each in views().items()}
+    monkeypatch.setattr(sql, "views", lambda: slow)
+    assert sql.Database([trace]).query(query).rows() == wanted

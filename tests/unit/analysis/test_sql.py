@@ -12,6 +12,7 @@ import polars as pl
 import pytest
 
 import kvtrace
+from kvtrace import overflow
 from kvtrace.cli.sql import shell
 from kvtrace.sql import Database, distinct_names
 from kvtrace.views import every_table
@@ -185,7 +186,7 @@ def test_the_shell_is_duckdbs(
     program.chmod(0o755)
     folder = tmp_path / "temporary"
     folder.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    monkeypatch.setattr(overflow, "folder", lambda: folder)
     one = kvtrace.open(thrash)
     counts = [
         one.sql(f"SELECT count(*) FROM {t}").item() for t in ("steps", "reads", "reuse", "preemptions", "occupancy")

@@ -69,7 +69,7 @@ def in_old_words(whole: kvtrace.Trace, part: kvtrace.Trace, view: str, first: in
             for name, value in row.items():
                 if value is not None and name.endswith("step") and not (name == "step" and value < 0):
                     row[name] = value + step
-                elif value is not None and name == "request" and names is not None:
+                elif value is not None and name in ("request", "evicted_by") and names is not None:
                     row[name] = names[value]
                 elif value is not None and name == "identity":
                     row[name] = int(hashes[value])

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 from kvtrace_traces.errors import UsageError
 
-Writer = Callable[[Any, Path, bool], dict[str, Any]]
+Writer = Callable[..., dict[str, Any]]
 
 
 class Exporter(NamedTuple):
-    """A registered format; ``write(trace, out, force)`` returns a summary."""
+    """A registered format; ``write(trace, out, force)`` returns a summary; it may have options of its own."""
 
     name: str
     summary: str
@@ -42,7 +42,7 @@ def formats() -> dict[str, Exporter]:
     return dict(sorted(_FORMATS.items()))
 
 
-def run(format: str, trace: Any, out: str | Path, force: bool = False) -> dict[str, Any]:
+def run(format: str, trace: Any, out: str | Path, force: bool = False, **options: Any) -> dict[str, Any]:
     """Export ``trace`` as ``out``. Raises :class:`UsageError` for an unknown format or an output that exists."""
     known = formats()
     if format not in known:
@@ -52,4 +52,4 @@ def run(format: str, trace: Any, out: str | Path, force: bool = False) -> dict[s
     out = Path(out)
     if not out.parent.is_dir():
         raise UsageError(f"there is no folder {out.parent}")
-    return known[format].write(trace, out, force)
+    return known[format].write(trace, out, force, **options)

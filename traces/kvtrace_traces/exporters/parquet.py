@@ -1,9 +1,8 @@
 """A folder of Parquet files, one per table, that DuckDB, Polars or Spark read without kvtrace.
 
 Beside the tables of the schema: ``chains.parquet`` (request, granule, identity), ``identities.parquet`` (identity, its
-64-bit hash) and ``info.json``. Whole numbers that run along are delta-packed, then compressed with Snappy, which every
-reader knows: zstd makes files a tenth smaller and takes a quarter longer. Tables are written in pieces, two at once:
-block events as the log is played, so that they never lie in memory as a whole, beside all others.
+64-bit hash) and ``info.json``. Tables are written in pieces, two at once: block events as the log is played, so that
+they never lie in memory as a whole, beside all others.
 """
 
 from __future__ import annotations
@@ -11,28 +10,34 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from kvtrace_traces import tables
+from kvtrace_traces import rows, tables
 from kvtrace_traces.errors import KvtraceError, UsageError
 from kvtrace_traces.exporters import exporter, step_rows
+from kvtrace_traces.parquet.file import File, Values, of_series, where_negative
+from kvtrace_traces.play import PIECE, Events
 from kvtrace_traces.schema import TABLES
 
 ROW_GROUP = 1 << 20
+PAGE = PIECE  # rows that are encoded at a time, as many as are decoded: they are still in the processor's cache
+WRITTEN = (*TABLES, "chains", "identities")
 
 
 @exporter("parquet", "a folder of Parquet files, one per table")
-def write(trace: Any, out: Path, force: bool) -> dict[str, Any]:
-    """Write the folder ``out``. It appears whole or not at all; an existing one is replaced only with ``force``."""
+def write(trace: Any, out: Path, force: bool, beside: Callable[[Any, Path], None] | None = None) -> dict[str, Any]:
+    """Write the folder ``out``. It appears whole or not at all; an existing one is replaced only with ``force``.
+
+    ``beside``: what else to write there, given the trace and the folder; it runs at the same time as the rest.
+    """
     if out.exists():
         if not out.is_dir():
             raise UsageError(f"{out} is a file: give the name of a folder")
@@ -43,7 +48,7 @@ def write(trace: Any, out: Path, force: bool) -> dict[str, Any]:
     part = out.with_name(f"{out.name}.{os.getpid()}.part")
     try:
         part.mkdir(parents=True)
-        sizes = _write_tables(trace, part)
+        sizes = _write_tables(trace, part, beside)
         (part / "info.json").write_text(json.dumps(trace.info, indent=1) + "\n")
         if out.exists():
             shutil.rmtree(out)
@@ -62,15 +67,17 @@ def write(trace: Any, out: Path, force: bool) -> dict[str, Any]:
     }
 
 
-def _write_tables(trace: Any, folder: Path) -> dict[str, dict[str, int]]:
+def _write_tables(trace: Any, folder: Path, beside: Callable[[Any, Path], None] | None) -> dict[str, dict[str, int]]:
     """Rows and bytes of each file written."""
-    names = [*TABLES, "chains", "identities"]
     with ThreadPoolExecutor(2) as pool:
         # A trace decodes in one thread: all tables but block events are those of the other.
-        events = pool.submit(_write, trace, "block_events", folder)
-        written = {name: _write(trace, name, folder) for name in names if name != "block_events"}
+        events = pool.submit(_write_block_events, trace, folder)
+        more = pool.submit(beside, trace, folder) if beside else None
+        written = {name: _write(trace, name, folder) for name in WRITTEN if name != "block_events"}
         written["block_events"] = events.result()
-    return {name: {"rows": written[name], "bytes": (folder / f"{name}.parquet").stat().st_size} for name in names}
+        if more:
+            more.result()
+    return {name: {"rows": written[name], "bytes": (folder / f"{name}.parquet").stat().st_size} for name in WRITTEN}
 
 
 def _write(trace: Any, table: str, folder: Path) -> int:
@@ -80,54 +87,48 @@ def _write(trace: Any, table: str, folder: Path) -> int:
 def _pieces(trace: Any, table: str) -> Iterator[pl.DataFrame]:
     """The frames of a table, one after the other; at least one."""
     if table == "step_requests":
-        return step_rows.pieces(trace.step_spans, ROW_GROUP)
-    if table == "block_events":
-        return _block_events(trace)
+        return step_rows.pieces(trace.step_spans, PAGE)
     if table == "chains":
         return _chains(trace)
-    return slices(_identities(trace) if table == "identities" else getattr(trace, table))
+    return iter([_identities(trace) if table == "identities" else getattr(trace, table)])
 
 
-def _block_events(trace: Any) -> Iterator[pl.DataFrame]:
-    if not hasattr(trace, "block_event_pieces"):
-        yield from slices(trace.block_events)
-        return
-    yield pl.DataFrame(schema=tables.schema("block_events"))
-    for _, piece in trace.block_event_pieces(ROW_GROUP):
-        yield piece
+def _write_block_events(trace: Any, folder: Path) -> int:
+    if not hasattr(trace, "pieces"):
+        return _write(trace, "block_events", folder)
+    with File(folder / "block_events.parquet", tables.schema("block_events"), ROW_GROUP) as file:
+        for header in trace.engines:
+            index = int(header["engine_index"])
+            for piece in trace.pieces(index):
+                file.add(_columns(index, piece), len(piece.times))
+    return file.rows
 
 
-def slices(frame: pl.DataFrame) -> Iterator[pl.DataFrame]:
-    """The frame in pieces of at most ROW_GROUP rows; an empty one is one piece."""
-    for start in range(0, max(frame.height, 1), ROW_GROUP):
-        yield frame.slice(start, ROW_GROUP)
+def _columns(index: int, piece: Events) -> dict[str, Values]:
+    return {
+        "engine_index": Values(np.full(len(piece.times), index, np.int16)),
+        "step": Values(piece.narrow[rows.E_STEP]),
+        "time_ns": Values(piece.times),
+        "request": where_negative(piece.narrow[rows.E_REQUEST]),
+        "kind": Values(piece.kinds),
+        "block": where_negative(piece.narrow[rows.E_BLOCK]),
+        "identity": where_negative(piece.narrow[rows.E_IDENTITY]),
+        "group": where_negative(piece.groups),
+    }
 
 
-def write_pieces(pieces: Iterator[pl.DataFrame], path: Path) -> int:
-    """Write frames of equal columns, at least one, to one Parquet file, a row group each; a frame need only hold until
-    the next is taken. Returns the rows."""
-    rows = 0
-    writer: pq.ParquetWriter | None = None
-    try:
+def write_pieces(pieces: Iterable[pl.DataFrame], path: Path) -> int:
+    """Write frames of equal columns, at least one, to one Parquet file; returns the rows."""
+    file: File | None = None
+    with ExitStack() as until_closed:
         for piece in pieces:
-            table = piece.to_arrow()
-            if writer is None:
-                whole = [f.name for f in table.schema if f.type in (pa.int32(), pa.int64())]
-                dictionary = [f.name for f in table.schema if f.name not in whole and f.type != pa.uint64()]
-                writer = pq.ParquetWriter(
-                    path,
-                    table.schema,
-                    compression="snappy",
-                    use_dictionary=dictionary,
-                    column_encoding=dict.fromkeys(whole, "DELTA_BINARY_PACKED") or None,
-                )
-            if table.num_rows:
-                writer.write_table(table, row_group_size=ROW_GROUP)
-            rows += int(table.num_rows)
-    finally:
-        if writer is not None:
-            writer.close()
-    return rows
+            if file is None:
+                file = until_closed.enter_context(File(path, piece.schema, ROW_GROUP))
+            for start in range(0, piece.height, PAGE):
+                page = piece.slice(start, PAGE)
+                file.add({name: of_series(page[name]) for name in page.columns}, page.height)
+    assert file is not None
+    return file.rows
 
 
 def _chains(trace: Any) -> Iterator[pl.DataFrame]:
@@ -137,7 +138,7 @@ def _chains(trace: Any) -> Iterator[pl.DataFrame]:
         chains = trace.chains(index)
         bounds = [0]
         while bounds[-1] < len(chains.indptr) - 1:
-            past = int(np.searchsorted(chains.indptr, chains.indptr[bounds[-1]] + ROW_GROUP, "right")) - 1
+            past = int(np.searchsorted(chains.indptr, chains.indptr[bounds[-1]] + PAGE, "right")) - 1
             bounds.append(min(max(past, bounds[-1] + 1), len(chains.indptr) - 1))
         for first, past in pairwise(bounds if len(bounds) > 1 else [0, 0]):
             starts = chains.indptr[first:past]
