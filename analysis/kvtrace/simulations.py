@@ -14,11 +14,17 @@ import polars as pl
 
 from kvtrace.api import Trace, open
 from kvtrace.simulation_options import default_arrivals, profile_for, rates, refuse_lossy
-from kvtrace.simulations_offload import request_frame_offload, step_frame_offload, write_offload_trace
+from kvtrace.simulations_offload import (
+    OF_THE_TIER,
+    host_tiers,
+    request_frame_offload,
+    step_frame_offload,
+    write_offload_trace,
+)
 from kvtrace_replay.schedulers.latencies import SUMMARY, request_times
 from kvtrace_replay.schedulers.log import write_run
 from kvtrace_replay.schedulers.settings import VARIABLE
-from kvtrace_replay.schedulers.sweep import Cell, HostTier, row_of
+from kvtrace_replay.schedulers.sweep import Cell, row_of
 from kvtrace_replay.schedulers.sweep import simulate as simulate_engine
 from kvtrace_replay.schedulers.vllm_v1 import layout as at
 from kvtrace_replay.schedulers.vllm_v1.offload.cells import simulate_tier, times_of
@@ -32,7 +38,6 @@ if TYPE_CHECKING:
     from kvtrace_replay.schedulers.vllm_v1.run import Run
 
 
-OF_THE_TIER = ("preemption", "cpu_offload", "offload_policy")
 MOVED = (
     "hit_tokens_after_preemption", "cpu_offload_blocks", "loaded_tokens", "stored_blocks", "loaded_blocks",
     "stored_bytes", "loaded_bytes", "tier_evictions",
@@ -54,7 +59,7 @@ class Simulated:
         found = found.with_columns(
             *(pl.col(name).cast(pl.Float64) for name in SUMMARY),
             *(pl.col(name).cast(pl.Int64) for name in MOVED),
-            pl.col("offload_policy", "rate", "why").cast(pl.String),
+            pl.col("offload_policy", "offload_connector", "offload_store", "rate", "why").cast(pl.String),
             pl.col("exact").cast(pl.Boolean),
         )
         if not self.several:
@@ -69,7 +74,8 @@ class Simulated:
         names += ["preemption"] if len({cell.tier is None for _, cell in self.cells}) > 1 else []
         tiers = {cell.tier for _, cell in self.cells if cell.tier is not None}
         names += ["cpu_offload_blocks"] if len({tier.room for tier in tiers}) > 1 else []
-        names += ["offload_policy"] if len({tier.policy for tier in tiers}) > 1 else []
+        names += [f"offload_{name}" for name in ("policy", "connector", "store")
+                  if len({getattr(tier, name) for tier in tiers}) > 1]  # fmt: skip
         return ["engine_index", *names] if self.several else names
 
     def per_request(self) -> pl.DataFrame:
@@ -113,6 +119,8 @@ def simulate(
     preemption: str | Sequence[str] | None = None,
     cpu_offload: int | str | Sequence[int | str] | None = None,
     offload_policy: str | Sequence[str] | None = None,
+    offload_connector: str | Sequence[str] | None = None,
+    offload_store: str | Sequence[str] | None = None,
     swap_space: float | Sequence[float] | None = None,
     victim: str | Sequence[str] | None = None,
     mend: Sequence[str] = (),
@@ -138,6 +146,8 @@ def simulate(
 
     `preemption="offload"`: with vLLM's connector that copies blocks to host memory of size `cpu_offload` (blocks,
     `40GiB`, `65536tok`), `offload_policy` "lru" or "arc"; such runs have times where the profile has a link.
+    `offload_connector`: "offloading", or "simple" (SimpleCPUOffloadConnector), whose `offload_store` is "fill" or
+    "eviction".
 
     `engine="vllm-v0"` is vLLM 0.4.2, whose rules are in docs/vllm-v0-semantics.md. It takes num_blocks (there is no
     null block), block_size, max_num_seqs, max_num_batched_tokens, watermark, and for itself `preemption` ("recompute",
@@ -167,6 +177,8 @@ def simulate(
         "preemption": preemption,
         "cpu_offload": cpu_offload,
         "offload_policy": offload_policy,
+        "offload_connector": offload_connector,
+        "offload_store": offload_store,
         "swap_space": swap_space,
         "victim": victim,
     }
@@ -236,38 +248,6 @@ def linked(trace: Trace, timing: str | Profile | None, link: str | None) -> str 
     if profile is None:
         raise UsageError("--link is of what steps cost: leave out --timing none")
     return with_link(profile, link)
-
-
-def host_tiers(settings: dict[str, Any]) -> list[HostTier | None]:
-    """What `preemption`, `cpu_offload` and `offload_policy` (values or lists) ask for; None for no tier.
-
-    Raises UsageError for what is none of V1's ways, and for a tier without a size.
-    """
-    kinds, rooms, policies = (listed(settings.get(name)) for name in OF_THE_TIER)
-    for kind in kinds:
-        if kind not in ("recompute", "offload"):
-            raise UsageError(
-                f"--preemption {kind}: vLLM V1 recomputes what it preempts, or has it in host memory (offload); "
-                "--engine vllm-v0 also swaps"
-            )
-    if "offload" in kinds and not rooms:
-        raise UsageError("--preemption offload needs --cpu-offload, the room in host memory (40GiB, 20k, 65536tok)")
-    if (rooms or policies) and "offload" not in kinds:
-        raise UsageError("--cpu-offload and --offload-policy are of --preemption offload")
-    found: list[HostTier | None] = []
-    for kind in kinds or ["recompute"]:
-        if kind == "recompute":
-            found.append(None)
-        else:
-            found += [HostTier(room, policy) for room, policy in itertools.product(rooms, policies or ["lru"])]
-    return found
-
-
-def listed(value: Any) -> list[Any]:
-    """One value or several, as a list; none is an empty one."""
-    if value is None:
-        return []
-    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
 
 
 def request_frame(cell: Cell, run: Run | OffloadRun) -> pl.DataFrame:

@@ -1,27 +1,98 @@
-"""Simulated runs with vLLM's offloading connector, as frames and as traces. See `simulations`."""
+"""Simulated runs with one of vLLM's connectors to host memory: what is asked, as frames, and as traces. See
+`simulations`."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 
 from kvtrace_replay.schedulers.latencies import request_times
-from kvtrace_replay.schedulers.sweep import Cell
+from kvtrace_replay.schedulers.sweep import Cell, HostTier
 from kvtrace_replay.schedulers.vllm_v1.offload import layout as at
 from kvtrace_replay.schedulers.vllm_v1.offload.cells import costs_of, offload_of
+from kvtrace_replay.schedulers.vllm_v1.offload.connectors import POLICIES, STORES
 from kvtrace_replay.schedulers.vllm_v1.offload.log import write_offload_run
 from kvtrace_replay.schedulers.vllm_v1.offload.run import OffloadRun, block_bytes
 from kvtrace_replay.timing.profile import Profile
-from kvtrace_traces.errors import KvtraceError
+from kvtrace_traces.errors import KvtraceError, UsageError
 from kvtrace_traces.schema import FINISH_REASONS
 
+OF_THE_TIER = ("preemption", "cpu_offload", "offload_policy", "offload_connector", "offload_store")
 TOLD = ("first_step", "last_step", "finish_step", "cached_tokens", "reason", "stored_blocks", "loaded_blocks")
 ROWS = (
     "requests", "tokens", "running", "waiting", "free_blocks", "preempted", "empty_calls", "prefill_requests",
     "evictions",
 )  # fmt: skip
+
+
+def host_tiers(settings: dict[str, Any]) -> list[HostTier | None]:
+    """What the settings OF_THE_TIER (values or lists) ask for; None for no tier. Where connectors, stores and policies
+    are lists, only those go together that a connector has.
+
+    Raises UsageError for what is none of V1's ways, for a tier without a size, and for what no asked connector has.
+    """
+    kinds, rooms, policies, connectors, stores = (_listed(settings.get(name)) for name in OF_THE_TIER)
+    for kind in kinds:
+        if kind not in ("recompute", "offload"):
+            raise UsageError(
+                f"--preemption {kind}: vLLM V1 recomputes what it preempts, or has it in host memory (offload); "
+                "--engine vllm-v0 also swaps"
+            )
+    if "offload" in kinds and not rooms:
+        raise UsageError("--preemption offload needs --cpu-offload, the room in host memory (40GiB, 20k, 65536tok)")
+    if (rooms or policies or connectors or stores) and "offload" not in kinds:
+        raise UsageError("--cpu-offload and the --offload-... options are of --preemption offload")
+    ways = _ways(connectors, stores, policies)
+    found: list[HostTier | None] = []
+    for kind in kinds or ["recompute"]:
+        if kind == "recompute":
+            found.append(None)
+        else:
+            found += [HostTier(room, *way) for room, way in itertools.product(rooms, ways)]
+    return found
+
+
+def _ways(connectors: list[Any], stores: list[Any], policies: list[Any]) -> list[tuple[str, str, str]]:
+    """Policy, connector and store of each tier that is asked for; without a connector the one that stores so."""
+    known_stores = tuple(dict.fromkeys(store for each in STORES.values() for store in each))
+    for option, values, known in (
+        ("connector", connectors, tuple(STORES)), ("store", stores, known_stores), ("policy", policies, POLICIES)
+    ):  # fmt: skip
+        for value in values:
+            if value not in known:
+                raise UsageError(f"--offload-{option} {value} is none of {', '.join(known)}")
+    if not connectors:
+        connectors = ["simple" if store == "eviction" else "offloading" for store in stores or ["fill"]]
+    connectors = list(dict.fromkeys(connectors))
+    stores, policies = stores or ["fill"], policies or ["lru"]
+    ways = [
+        (policy, connector, store)
+        for connector, store, policy in itertools.product(connectors, stores, policies)
+        if store in STORES[connector] and (connector == "offloading" or policy == "lru")
+    ]
+    if "eviction" in stores and "simple" not in connectors:
+        raise UsageError("--offload-store eviction is of --offload-connector simple; offloading stores on fill")
+    if "arc" in policies and "offloading" not in connectors:
+        raise UsageError("--offload-policy arc is of --offload-connector offloading; simple drops by its free queue")
+    for connector in connectors:
+        if not any(connector == one for _, one, _ in ways):
+            raise UsageError(
+                f"--offload-connector {connector} does none of what is asked of it: --offload-store fill and "
+                "--offload-policy lru are of both connectors"
+            )
+    return ways
+
+
+def _listed(value: Any) -> list[Any]:
+    """One value or several, as a list; none is an empty one."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
 
 
 def request_frame_offload(cell: Cell, run: OffloadRun) -> pl.DataFrame:

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 
 from kvtrace_replay import pool
-from kvtrace_replay.verify_simulation import simulation, skip_simulation
+from kvtrace_replay.verify_simulation import simulation, skip_simulation, unknown_tokens
 from kvtrace_replay.verify_tables import across, check
 from kvtrace_traces.errors import KvtraceError
 
@@ -168,6 +168,8 @@ def _pool(trace: Any, header: dict[str, Any], events: pl.DataFrame, mine: Any) -
             skip = f"blocks were simulated under the eviction policy {policy}"
         elif name == "free queue order" and unknown:
             skip = "the order of this engine version's free queue is not known"
+        elif name == "longest hit":
+            skip = unknown_tokens(trace, header)
         row = int(followed.first[i])
         where = None
         if row >= 0:

@@ -56,7 +56,9 @@ def _costs(
     before = pl.DataFrame([(live.request, -1, live.computed) for live in carried], schema=ends.schema, orient="row")
     ends = pl.concat([before, ends]).sort("last")
     told = preemptions.join(freed, on=["request", "time_ns"], how="left").sort("step")
-    told = told.join_asof(ends, left_on="step", right_on="last", by="request", check_sortedness=False)
+    # A call without tokens belongs to the step after it, which may be the one that resumes the request.
+    told = told.with_columns(before=pl.col("step") - 1)
+    told = told.join_asof(ends, left_on="before", right_on="last", by="request", check_sortedness=False)
     wrong = told.filter(
         (pl.col("blocks_lost") != pl.col("freed").fill_null(0))
         | (pl.col("tokens_lost") != pl.col("computed").fill_null(0))

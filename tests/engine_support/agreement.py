@@ -133,8 +133,12 @@ def _after_idling(trace: Any) -> list[int]:
     Whether an idle engine's last, empty call came before the next request or after has no effect, and a trace says of
     arrivals only before which step they were.
     """
-    came, ended = trace.requests["arrival_step"].to_numpy(), trace.requests["finish_step"].drop_nulls().to_numpy()
-    return [step for step in range(trace.steps.height) if (came < step).sum() == (ended < step).sum()]
+    rows = trace.requests.select("arrival_step", "finish_step").rows()
+    return [
+        step
+        for step in range(trace.steps.height)
+        if all(ended is not None and ended < step for came, ended in rows if came < step)
+    ]
 
 
 def _unless(steps: list[int], column: str) -> pl.Expr:

@@ -35,6 +35,7 @@ class Ledger:
         wrap(connector, "request_finished_all_groups", self._finish)
         wrap(connector, "build_connector_meta", self._plan)
         wrap(side.cpu_block_pool, "get_new_blocks", self._take)
+        wrap(side, "update_connector_output", self._in_order)
         wrap(side, "_cleanup_load_request", self._end_load)
         wrap(side, "_process_store_event", self._end_stores)
         wrap(side, "reset", self._reset)
@@ -93,6 +94,15 @@ class Ledger:
         return {
             "request": request, "kind": kind, "blocks": blocks, "tokens": tokens, "call": self.calls, "done": None,
         }  # fmt: skip
+
+    def _in_order(self, inner: Any, output: Any) -> Any:
+        if output.finished_recving:
+            begun = [*self.side._reqs_to_load, *self.side._abandoned_reqs_to_load]
+            output.finished_recving = dict.fromkeys(sorted(output.finished_recving, key=begun.index))
+        ended = getattr(output.kv_connector_worker_meta, "completed_store_events", None)
+        if ended:
+            output.kv_connector_worker_meta.completed_store_events = dict(sorted(ended.items()))
+        return inner(output)
 
     def _end_load(self, inner: Any, name: str) -> Any:
         state = self.side._reqs_to_load.get(name) or self.side._abandoned_reqs_to_load.get(name)

@@ -103,7 +103,8 @@ def simulated(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """What the compiled scheduler makes of a recorded trace with a tier, in the words of `offload.real_engine`."""
     from kvtrace_replay.schedulers.recorded import recorded
     from kvtrace_replay.schedulers.settings import own_settings
-    from kvtrace_replay.schedulers.vllm_v1.offload.run import Offload, simulate_offload
+    from kvtrace_replay.schedulers.vllm_v1.offload.connectors import Offload
+    from kvtrace_replay.schedulers.vllm_v1.offload.run import simulate_offload
     from kvtrace_traces import open_trace
 
     source = recorded(open_trace(folder))

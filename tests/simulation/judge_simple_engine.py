@@ -1,7 +1,7 @@
 """Runs vLLM's own Scheduler with its own SimpleCPUOffloadConnector on scripted requests: `judge_engine` with it.
 
 A program of its own (see judge.py). Real are the scheduler and both sides of the connector; only the copies below them
-copy nothing, and are not over as often as is told.
+copy nothing, and are not over as often as is told. Of copies that end together the ledger says the order.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def make(case: dict[str, Any]) -> Any:
 
 
 class SimpleJudge(judge_engine.Judge):
-    """As Judge; `transfers` as in twin_offload.OffloadRun."""
+    """As Judge; `transfers` and `host` as in twin_simple.SimpleRun."""
 
     def __init__(self, case: dict[str, Any], stub: Any) -> None:
         pool = stub.scheduler.kv_cache_manager.block_pool
@@ -59,6 +59,21 @@ class SimpleJudge(judge_engine.Judge):
 
         self.hasher = judge_engine._hasher(self.settings["block_size"])
         self.ledger = Ledger(stub.scheduler)
+        stub.scheduler.use_v2_model_runner = case["offload"]["runner"] == 2
+        self.host: list[tuple[Any, ...]] = []
+        self.owners: dict[int, int] = {}  # of blocks whose request is gone before they are free
+        self.draining: list[int] = []
+        self._wrap(self.manager, "pop_blocks_for_free", self._pop_blocks)
+        self._wrap(self.scheduler, "_drain_deferred_frees", self._drain)
+        side = stub.scheduler.connector.scheduler_manager
+        for name in ("update_state_after_alloc", "build_connector_meta", "request_finished_all_groups"):
+            self._wrap(side, name, self._for_nobody)
+        self._wrap(side, "update_connector_output", self._for_nobody)
+        pool, queue = side.cpu_block_pool, side.cpu_block_pool.free_block_queue
+        self._wrap(queue, "popleft_n", self._host_take)
+        self._wrap(queue, "remove", self._host_pin)
+        self._wrap(queue, "append_n", self._host_give)
+        self._wrap(pool, "_insert_block_hash", self._host_cache)
         self.before: list[int] = []  # steps begun before a call, and with it
         self.after: list[int] = []
         self.worker = SimpleCPUOffloadWorker(stub.config, stub.scheduler.kv_cache_config, 0)
@@ -67,6 +82,49 @@ class SimpleJudge(judge_engine.Judge):
         self.resets = list(case["offload"]["resets"])
         self.alive = 0  # calls so far when there was last a request
         self._wrap(self.scheduler, "has_requests", self._has_requests)
+
+    # ------------------------------------------------------------------------------------------------- observation
+
+    def _for_nobody(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        """What the connector does to the engine's blocks it does for itself."""
+        before, self.current = self.current, -1
+        result = inner(*args, **kwargs)
+        self.current = before
+        return result
+
+    def _host_take(self, inner: Any, count: int) -> Any:
+        blocks = inner(count)
+        self.host += [("take", block.block_id) for block in blocks]
+        return blocks
+
+    def _host_pin(self, inner: Any, block: Any) -> Any:
+        self.host.append(("pin", block.block_id))
+        return inner(block)
+
+    def _host_give(self, inner: Any, blocks: Any) -> Any:
+        self.host += [("give", block.block_id) for block in blocks]
+        return inner(blocks)
+
+    def _host_cache(self, inner: Any, block_hash: Any, block: Any, **kwargs: Any) -> Any:
+        self.host.append(("cache", block.block_id, self.identities[block_hash]))
+        return inner(block_hash, block, **kwargs)
+
+    def _pop_blocks(self, inner: Any, request: Any) -> Any:
+        blocks = inner(request)
+        self.owners[id(blocks)] = self.number(request.request_id)
+        return blocks
+
+    def _drain(self, inner: Any) -> Any:
+        done = self.scheduler.processed_step_seq
+        self.draining = [self.owners.pop(id(blocks)) for at, blocks in self.scheduler.deferred_frees if at <= done]
+        return inner()
+
+    def _free_blocks(self, inner: Any, blocks: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.draining:
+            self.current = self.draining.pop(0)
+        return super()._free_blocks(inner, blocks, *args, **kwargs)
+
+    # ---------------------------------------------------------------------------------------------------- the engine
 
     def _has_requests(self, inner: Any) -> bool:
         """In its lazy mode the connector may keep an engine awake for good: with less room on the host than the engine
@@ -123,7 +181,8 @@ class SimpleJudge(judge_engine.Judge):
             )
             for job in self.ledger.jobs.values()
         ]
-        return {**result, "transfers": transfers, "evicted": self.ledger.evicted, "kinds": self.ledger.kinds}
+        told = {"transfers": transfers, "evicted": self.ledger.evicted, "kinds": self.ledger.kinds, "host": self.host}
+        return result | told
 
 
 def main() -> None:

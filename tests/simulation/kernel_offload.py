@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvtrace_replay.schedulers.vllm_v1.offload.connectors import Offload as Tier
 from kvtrace_replay.schedulers.vllm_v1.offload.layout import TIER_OPS
-from kvtrace_replay.schedulers.vllm_v1.offload.run import Offload as Tier
 from kvtrace_replay.schedulers.vllm_v1.offload.run import OffloadRun as KernelRun
 from kvtrace_replay.schedulers.vllm_v1.offload.run import simulate_offload
 from kvtrace_traces.schema import BLOCK_EVENT_KINDS, FINISH_REASONS
@@ -54,7 +54,8 @@ def in_words(case: Case, run: KernelRun) -> dict[str, Any]:
     for step, load, request, blocks, tokens, done in run.transfers.tolist():
         moved = [block for (block,) in logs["moved"][at : at + blocks]]
         at += blocks
-        transfers.append((step, "load" if load else "store", names[request], moved, tokens, None if done < 0 else done))
+        whose = None if request < 0 else names[request]  # the simple connector has transfers of nobody's
+        transfers.append((step, "load" if load else "store", whose, moved, tokens, None if done < 0 else done))
     rows: dict[int, list[tuple[int, int, int]]] = {}
     for step, request, tokens, before in logs["rows"]:
         rows.setdefault(step, []).append((names[request], tokens, before))
@@ -75,7 +76,7 @@ def in_words(case: Case, run: KernelRun) -> dict[str, Any]:
             for i, (_, free, running, waiting, preempted, empty) in enumerate(logs["steps"])
         ],
         "events": [
-            (step, BLOCK_EVENT_KINDS[kind], names[request], block, identity(held))
+            (step, BLOCK_EVENT_KINDS[kind], None if request < 0 else names[request], block, identity(held))
             for step, kind, request, block, held in logs["events"]
         ],
         "requests": [tuple(None if n == -1 else n for n in row) for _, row in in_order],

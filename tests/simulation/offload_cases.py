@@ -8,6 +8,7 @@ from dataclasses import replace
 from .cases import Case, identities, random_case
 from .twin import Request, Settings
 from .twin_offload_words import Offload
+from .twin_simple import Simple
 
 
 def offload_case(seed: int, asynchronous: bool | None = False) -> tuple[Case, Offload]:
@@ -88,3 +89,14 @@ def _reuse(r: random.Random, asynchronous: bool) -> Case:
             )
         )
     return Case(replace(settings), requests, bodies)
+
+
+def simple_case(seed: int, lazy: bool) -> Simple:
+    """The simple connector's settings for case number `seed`."""
+    r = random.Random(f"simple {seed}")
+    return Simple(
+        chunks=r.choice([1, 2, 4, 8, 16, 16, 40, 40, 200]),
+        lazy=lazy,
+        polls=r.choice([0, 0, 0, 1, 1, 2, 4]),
+        runner=1 + seed % 2,
+    )

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvtrace_replay.schedulers.vllm_v1.offload.run import Offload, simulate_offload, tier_blocks
+from kvtrace_replay.schedulers.vllm_v1.offload.connectors import Offload
+from kvtrace_replay.schedulers.vllm_v1.offload.run import simulate_offload, tier_blocks
 from kvtrace_traces.errors import UsageError
 
 from .kernel import as_recorded, as_settings

@@ -12,9 +12,10 @@ import pytest
 from kvtrace_traces import open_trace
 
 from .judge import Endless
-from .judge_simple import Simple, SimpleJudgeProcess
+from .judge_simple import SimpleJudgeProcess
 from .offload_cases import offload_case
 from .test_offload_traced import wrong
+from .twin_simple import Simple
 
 pytestmark = pytest.mark.engine
 

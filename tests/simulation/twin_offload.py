@@ -41,6 +41,7 @@ class _OffloadEngine(twin._Engine):
         self.gone: list[int] = []  # finished since the last call
         self.jobs: dict[int, Job] = {}
         self.next_job = self.empty_calls = 0
+        self.most_empty = PATIENCE + 2 * offload.polls
         self.fences: dict[int, set[int]] = {}  # block of a finished request -> stores that still read it
         self.being_loaded: set[int] = set()
         self.loads: list[int] = []  # planned in this call
@@ -76,7 +77,7 @@ class _OffloadEngine(twin._Engine):
             if self._has_requests():
                 batch = self._call()
                 self.empty_calls = 0 if batch.scheduled else self.empty_calls + 1
-                if self.empty_calls > PATIENCE:
+                if self.empty_calls > self.most_empty:
                     raise CannotFinish(f"nothing can be scheduled at step {self.begun}")
                 queue.append((batch, self._execute()))
                 if len(queue) < depth and (batch.scheduled or self._has_requests()):

@@ -111,12 +111,17 @@ def spelling(name: str) -> str:
 @click.option("--policy", type=Policies(), metavar="A,B",
               help="Who is evicted: vllm (its own free queue) or a policy; `kvtrace policies` lists them.")  # fmt: skip
 @click.option("--preemption", type=Items(), metavar="A,B",
-              help="What becomes of a victim: recompute, or offload (vLLM's connector to host memory); vllm-v0: also "
-                   "swap, or hybrid, the cheaper.")  # fmt: skip
+              help="What becomes of a victim: recompute, or offload (a connector of vLLM's to host memory); vllm-v0: "
+                   "also swap, or hybrid, the cheaper.")  # fmt: skip
 @click.option("--cpu-offload", type=Items(), metavar="A,B",
               help="With --preemption offload: host memory, 40GiB, 65536tok or blocks.")  # fmt: skip
 @click.option("--offload-policy", type=Items(), metavar="A,B",
               help="With --preemption offload: who is dropped there, lru or arc. [default: lru]")  # fmt: skip
+@click.option("--offload-connector", type=Items(), metavar="A,B",
+              help="With --preemption offload: vLLM's OffloadingConnector (offloading) or SimpleCPUOffloadConnector "
+                   "(simple). [default: the first that stores as asked]")  # fmt: skip
+@click.option("--offload-store", type=Items(), metavar="A,B",
+              help="With --preemption offload: when blocks are stored, fill or eviction. [default: fill]")  # fmt: skip
 @click.option("--swap-space", type=Items(float), metavar="A,B",
               help="vllm-v0: GiB of host memory to swap to. [default: 4]")  # fmt: skip
 @click.option("--victim", type=Items(), metavar="A,B",

@@ -9,9 +9,12 @@ import numpy.typing as npt
 import polars as pl
 
 from kvtrace_replay.schedulers.families import NEWEST
-from kvtrace_replay.schedulers.recorded import LENGTH, Recorded, recorded, since_first
+from kvtrace_replay.schedulers.recorded import LENGTH, Recorded, recorded
 from kvtrace_replay.schedulers.settings import Settings
+from kvtrace_traces.compile import njit
 from kvtrace_traces.errors import KvtraceError, UsageError
+from kvtrace_traces.importers.batches import UNKNOWN
+from kvtrace_traces.importers.opened import Imported
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
@@ -23,6 +26,7 @@ DEFAULTS: dict[str, Any] = {
     "max_num_seqs": 256, "max_num_batched_tokens": 2048, "prefix_caching": True, "chunked_prefill": True,
     "long_prefill_token_threshold": 0, "scheduling_policy": "fcfs", "async_scheduling": True, "watermark": 0.0,
 }  # fmt: skip
+COLUMNS = ("prompt_tokens", "output_tokens", "arrival_ns")
 UNSET = 0  # the number of blocks of an engine that nobody ran
 
 
@@ -54,18 +58,19 @@ def recorded_import(trace: Any, header: dict[str, Any], shares: bool = True, tim
     Raises KvtraceError for requests without lengths, without times where `timed`, and for an import without blocks.
     """
     index = header["engine_index"]
-    requests = trace.requests.filter(pl.col("engine_index") == index).sort("request")
     if shares and header.get("reuse_known") is False:
         raise KvtraceError(
             f"{trace.path} has lengths and no blocks: what requests share is not known; `--engine vllm-v0`, where "
             "nothing is shared, takes it"
         )
-    for name in ("prompt_tokens", "output_tokens", *(["arrival_ns"] if timed else [])):
-        if requests[name].null_count():
-            row = int(requests[name].is_null().arg_max() or 0)
+    request_id, columns = _columns(trace, index)
+    for name in COLUMNS if timed else COLUMNS[:2]:
+        if (columns[name] < 0).any():
+            row = int(np.argmax(columns[name] < 0))
             raise KvtraceError(f"request {row} of {trace.path} has no {name}: import a log that tells it")
-    prompt = requests["prompt_tokens"].cast(pl.Int64).to_numpy()
-    stop = prompt + np.maximum(requests["output_tokens"].cast(pl.Int64).to_numpy(), 1)
+    prompt = columns["prompt_tokens"].astype(np.int64)
+    stop = prompt + np.maximum(columns["output_tokens"], 1)
+    arrival = np.maximum(columns["arrival_ns"], 0).astype(np.int64)
     n = len(prompt)
     if (prompt < 1).any():
         raise KvtraceError(f"request {int(np.argmax(prompt < 1))} of {trace.path} has an empty prompt: leave it out")
@@ -73,7 +78,7 @@ def recorded_import(trace: Any, header: dict[str, Any], shares: bool = True, tim
     if shares:
         chain, chain_at, hashes = _full_blocks(trace.chains(index), prompt // int(header["granule"]))
     zeros, no = np.zeros(n, np.int32), np.zeros(n, bool)
-    due = since_first(requests, header)
+    due = arrival - arrival.min(initial=int(arrival[0]) if n else 0)
     return Recorded(
         header={
             **header,
@@ -89,7 +94,7 @@ def recorded_import(trace: Any, header: dict[str, Any], shares: bool = True, tim
         no_read=no,
         priority=zeros,
         arrival_s=due / 1e9,
-        request_id=requests["request_id"],
+        request_id=request_id,
         arrival_step=zeros,
         arrival_late=no,
         abort_step=zeros - 2,
@@ -107,14 +112,31 @@ def recorded_import(trace: Any, header: dict[str, Any], shares: bool = True, tim
     )
 
 
+def _columns(trace: Any, index: int) -> tuple[pl.Series, dict[str, npt.NDArray[Any]]]:
+    """What the requests are called, and COLUMNS of them, whole numbers, negative where not known."""
+    if isinstance(trace, Imported):
+        return trace.request_ids, {name: trace.numbers(name) for name in COLUMNS}
+    requests = trace.requests.filter(pl.col("engine_index") == index).sort("request")
+    return requests["request_id"], {
+        name: requests[name].cast(pl.Int64).fill_null(UNKNOWN).to_numpy() for name in COLUMNS
+    }
+
+
 def _full_blocks(chains: Any, full: I64) -> tuple[I32, I64, npt.NDArray[np.uint64]]:
     """The first `full` entries of each chain, where they begin, and the hash of each identity."""
-    kept = np.minimum(full, np.diff(chains.indptr))
-    at = np.zeros(len(kept) + 1, np.int64)
-    np.cumsum(kept, out=at[1:])
-    nth = np.arange(at[-1], dtype=np.int64) - np.repeat(at[:-1], kept)
-    chain = np.asarray(chains.identities)[np.repeat(chains.indptr[:-1], kept) + nth]
-    return np.ascontiguousarray(chain, np.int32), at, np.ascontiguousarray(chains.hashes, np.uint64)
+    begins = np.ascontiguousarray(chains.indptr, np.int64)
+    at = np.zeros(len(begins), np.int64)
+    np.cumsum(np.minimum(full, np.diff(begins)), out=at[1:])
+    chain = np.empty(at[-1], np.int32)
+    _copy_heads(np.ascontiguousarray(chains.identities, np.int32), begins, chain, at)
+    return chain, at, np.ascontiguousarray(chains.hashes, np.uint64)
+
+
+@njit
+def _copy_heads(whole: I32, begins: I64, heads: I32, at: I64) -> None:
+    for i in range(at.size - 1):
+        for k in range(at[i + 1] - at[i]):
+            heads[at[i] + k] = whole[begins[i] + k]
 
 
 def imported_settings(source: Recorded) -> Settings:

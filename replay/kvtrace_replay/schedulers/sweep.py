@@ -31,11 +31,13 @@ WHOLE = ("block_size", "max_num_seqs", "max_num_batched_tokens", "long_prefill_t
 
 @dataclass(frozen=True)
 class HostTier:
-    """Host memory that vLLM's offloading connector copies blocks to: `room` in any form of `parse_amount`, and who is
-    dropped, "lru" or "arc"."""
+    """Host memory that a connector of vLLM's copies blocks to: `room` in any form of `parse_amount`; who is dropped,
+    "lru" or "arc"; which `connector`, and when it stores (`vllm_v1.offload.connectors.STORES`)."""
 
     room: str | int
     policy: str = "lru"
+    connector: str = "offloading"
+    store: str = "fill"
 
 
 @dataclass(frozen=True, eq=False)
@@ -306,6 +308,8 @@ def _moved(cell: Cell) -> dict[str, Any]:
         "preemption": "recompute" if cell.tier is None else "offload",
         "cpu_offload_blocks": None if run is None else run.offload.blocks,
         "offload_policy": None if cell.tier is None else cell.tier.policy,
+        "offload_connector": None if cell.tier is None else cell.tier.connector,
+        "offload_store": None if cell.tier is None else cell.tier.store,
         **{name: None if run is None else getattr(run, name) for name in names},
     }
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -15,6 +17,8 @@ from kvtrace_replay.schedulers.recorded import recorded
 from kvtrace_replay.schedulers.settings import own_settings
 from kvtrace_replay.verify import verify
 from kvtrace_traces import open_trace, wire
+from simulation.cases import random_case
+from simulation.kernel import as_recorded, as_settings
 
 SAMPLES = Path(__file__).resolve().parents[3] / "traces" / "samples"
 SAMPLE = SAMPLES / "thrash.kvt"
@@ -221,3 +225,33 @@ def test_a_simulated_run_comes_out_again(tmp_path: Path) -> None:
             write_run(path, source, settings.changed_to(num_blocks=blocks), arrivals)
             found = verify(open_trace(path))
             assert not [check for check in found["checks"] if check["mismatches"] or check["skipped"]]
+
+
+def random_run(seed: int, place: Path, longer: int = 0) -> Any:
+    """A random case simulated, opened; where `longer`, requests run on by so many tokens that nobody knows."""
+    case = random_case(seed)
+    source, settings = as_recorded(case), as_settings(case.settings)
+    most = min((settings.num_blocks - 1) * settings.block_size, settings.max_model_len)
+    stop = np.minimum(source.stop + longer, np.maximum(source.stop, most)).astype(np.int32)
+    why = ["unfinished-requests"] if longer else []
+    write_run(place, replace(source, stop=stop, most=np.maximum(source.most, stop)), settings, why=why)
+    return open_trace(place)
+
+
+#: Among them aborts of an idle engine, aborts while a call is under way, and one who resumes right after an empty call
+#: that preempted it.
+@pytest.mark.parametrize("seed", [9, 45, 51, 117, 138, 159, 175, *range(200, 230)])
+def test_random_runs_have_no_mismatch(seed: int, tmp_path: Path) -> None:
+    found = verify(random_run(seed, tmp_path / "run.kvt"))
+    assert not [check for check in found["checks"] if check["mismatches"] or check["skipped"]]
+
+
+@pytest.mark.parametrize("seed", [2, 3, 4, 5, 6])
+def test_tokens_that_nobody_knows(seed: int, tmp_path: Path) -> None:
+    trace = random_run(seed, tmp_path / "run.kvt", longer=40)
+    found = verify(trace)
+    assert found["mismatches"] == 0
+    skipped = {check["name"] for check in found["checks"] if check["skipped"]}
+    assert skipped == ({"longest hit", "simulation"} if trace.preemptions.height else set())
+    names = [tuple(ids) for ids in np.split(trace.chains().identities, trace.chains().indptr[1:-1])]
+    assert all(len(set(ids)) == len(ids) for ids in names)  # no name of a block is told twice

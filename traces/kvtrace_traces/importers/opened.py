@@ -73,7 +73,20 @@ class Imported:
     @cached_property
     def requests(self) -> pl.DataFrame:
         """The table of requests, as a trace of the import has it."""
-        return _requests(self._batches)
+        return _requests(self._batches, self.request_ids)
+
+    @cached_property
+    def request_ids(self) -> pl.Series:
+        """What the file calls its requests, an empty text where it does not."""
+        sizes = _joined(self._batches, "name_sizes")
+        starts = np.zeros(len(sizes), np.int64)
+        np.cumsum(sizes[:-1], out=starts[1:])
+        return tables.strings("request_id", starts, sizes, _joined(self._batches, "text"))
+
+    def numbers(self, name: str) -> NDArray[Any]:
+        """``arrival_ns`` (int64), ``prompt_tokens`` or ``output_tokens`` (int32) of each request, -1 where not known:
+        a column of ``requests`` for those who need no table."""
+        return _joined(self._batches, name)
 
     @cached_property
     def _batches(self) -> list[Batch]:
@@ -145,31 +158,29 @@ def _names(batch: Batch) -> NDArray[np.uint8]:
     return np.concatenate(parts)
 
 
-def _requests(batches: list[Batch]) -> pl.DataFrame:
+def _joined(batches: list[Batch], name: str) -> NDArray[Any]:
+    """A column of all batches."""
+    parts = [getattr(batch, name) for batch in batches]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _requests(batches: list[Batch], request_ids: pl.Series) -> pl.DataFrame:
     """The table of requests, as a trace of the import has it."""
-
-    def joined(name: str) -> NDArray[Any]:
-        parts = [getattr(batch, name) for batch in batches]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    arrival, output = joined("arrival_ns"), joined("output_tokens")
-    sizes = joined("name_sizes")
+    arrival, output = _joined(batches, "arrival_ns"), _joined(batches, "output_tokens")
     n = len(arrival)
     none, zero = np.full(n, -1, np.int32), np.zeros(n, np.int32)
     known = arrival >= 0
     lengths = np.concatenate([np.diff(batch.indptr) for batch in batches])
-    starts = np.zeros(n, np.int64)
-    np.cumsum(sizes[:-1], out=starts[1:])
     return tables.frame(
         "requests",
         {
             "engine_index": np.zeros(n, np.int16),
             "request": np.arange(n, dtype=np.int32),
-            "request_id": tables.strings("request_id", starts, sizes, joined("text")),
+            "request_id": request_ids,
             "arrival_ns": arrival,
             "arrival_s": np.where(known, arrival / 1e9, np.nan),
             "arrival_step": zero,
-            "prompt_tokens": joined("prompt_tokens"),
+            "prompt_tokens": _joined(batches, "prompt_tokens"),
             "output_tokens": output,
             "max_tokens": output,
             "priority": zero,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 # Requests: `req`, int32[n + 1, 32]. Row n is no request: its links are the ends of the queues. First their state, then
 # their limits (tokens of the prompt, tokens it ends at, the most it may have, whether it may not read the cache, why it
-# ends as an index into schema.FINISH_REASONS, granules of its chain), then what is to be told of them.
+# ends as an index into schema.FINISH_REASONS, granules of its chain in the log), then what is to be told of them.
 (
     R_STATUS, R_COMPUTED, R_TOKENS, R_BLOCKS, R_CACHED, R_FLIGHT, R_STALE, R_HOLDERS,
     R_SLOT, R_RUN_NEXT, R_RUN_PREV, R_WAIT_NEXT, R_WAIT_PREV, R_CALL, R_PREEMPTIONS, R_FLAGS,
@@ -25,7 +25,8 @@ FLAG_STEADY = 2  # it only decodes, and its row stands still: see `steady`
 FLAG_CHUNK = 1  # the last call scheduled a part of its prefill (`Request.is_prefill_chunk`)
 
 
-# Blocks: `blk`, int32[num_blocks + 1, 6]. The last row is no block: its links are the ends of the free queue.
+# Blocks: `blk`, int32[num_blocks + 1, 6], column after column in memory (see `lanes`). The last row is no block: its
+# links are the ends of the free queue.
 B_REFS, B_IDENTITY, B_NEXT, B_PREV, B_TWIN_NEXT, B_TWIN_PREV = range(6)
 B_FIELDS = 6
 NO_IDENTITY = -1

@@ -96,7 +96,7 @@ from kvtrace_replay.schedulers.vllm_v1.queues import enqueue
 from kvtrace_replay.schedulers.vllm_v1.requests import cache_up_to, finish
 from kvtrace_replay.schedulers.vllm_v1.schedule import schedule, wants_tokens
 from kvtrace_replay.schedulers.vllm_v1.steady import FAR, HEAD, coast, copy_row, first_unsteady, gather, leave
-from kvtrace_replay.schedulers.vllm_v1.words import ABORTED, log_arrival, log_output
+from kvtrace_replay.schedulers.vllm_v1.words import ABORTED, log_arrival, log_moment, log_output
 from kvtrace_traces.compile import njit
 
 IDLE, STARVED = 1, 2  # g[G_IDLE]: nothing to do; or only an abort can free what the rest waits for
@@ -177,6 +177,8 @@ def take_aborts(
         if req[request, R_STATUS] != FINISHED and req[request, R_STATUS] != NEW:
             if p[P_LOG] and not only_early and g[G_LOG] + room > log.shape[0]:
                 return False
+            if p[P_LOG] and g[G_FLIGHTS] > 0:
+                log_moment(log, g)
             finish(tag, pol, p, g, req, blk, first, table, order, log, st, phases, ends, times, request, ABORTED)
         elif req[request, R_STATUS] == NEW:
             req[request, O_REASON] = ABORTED

@@ -69,6 +69,7 @@ def cache_up_to(tag, pol, p, g, req, blk, first, table, chain, chain_at, log, re
         if p[P_LOG]:
             for nth in range(max(req[request, L_GRANULES], i * p[P_STRIDE]), (i + 1) * p[P_STRIDE]):
                 log_guess(log, g, request, nth)
+            req[request, L_GRANULES] = max(req[request, L_GRANULES], (i + 1) * p[P_STRIDE])
         remember(tag, pol, p, blk, first, g, table[slot, i], GUESSED, log)
     req[request, R_CACHED] = full
     g[G_FILLED] += full - have

@@ -257,7 +257,7 @@ def _state(
         order[order[:n, at.Q_RANK], at.Q_REQUEST] = np.arange(n, dtype=np.int32)
     st = np.zeros((slots, at.ST_FIELDS), np.int64)
     st[:, at.ST_FREE] = np.arange(slots)[::-1]
-    blk = np.zeros((blocks + 1, at.B_FIELDS), np.int32)
+    blk = np.zeros((blocks + 1, at.B_FIELDS), np.int32, order="F")
     blk[:, at.B_IDENTITY] = at.NO_IDENTITY
     # The free queue: 1, 2, ... in order; block 0 is the null block.
     number = np.arange(blocks + 1, dtype=np.int32)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvtrace_replay.schedulers.families import VICTIM_INDEX_IF_SCHEDULED, VICTIM_STAYS_SCHEDULED
-from kvtrace_replay.schedulers.vllm_v1.blocks import row
+from kvtrace_replay.schedulers.vllm_v1.blocks import find_run, known_run
 from kvtrace_replay.schedulers.vllm_v1.choice import take_run, touch_run
 from kvtrace_replay.schedulers.vllm_v1.layout import (
     B_REFS,
@@ -252,13 +252,10 @@ def schedule_running(
 def longest_hit(p, req, first, chain, chain_at, request):
     """Blocks of the longest cached prefix: `FullAttentionManager.find_longest_cache_hit`, the last token left out."""
     if not p[P_CACHING] or req[request, L_NO_READ]:
-        return 0
+        return np.int64(0)
     start = chain_at[request]
     most = min((req[request, R_TOKENS] - 1) // p[P_BLOCK_SIZE], chain_at[request + 1] - start)
-    hit = 0
-    while hit < most and first[row(chain[np.uintp(start + hit)])] >= 0:
-        hit += 1
-    return hit
+    return known_run(first, chain, start, most)
 
 
 @njit(cache=False, forceinline=True)
@@ -299,8 +296,7 @@ def admit(
     g[G_SLOTS] -= 1
     slot = st[g[G_SLOTS], ST_FREE]
     req[request, R_SLOT] = slot
-    for i in range(hit):
-        table[slot, i] = first[row(chain[np.uintp(start + i)])]
+    find_run(first, chain, start, table, slot, hit)
     touch_run(tag, pol, blk, g, table, slot, hit)
     take_run(tag, pol, blk, first, g, chain, start, chain_at[request + 1] - start, table, slot, hit, hit + need)
     req[request, R_BLOCKS] = hit + need

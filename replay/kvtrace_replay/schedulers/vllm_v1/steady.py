@@ -334,6 +334,7 @@ def steady_fill(tag, pol, p, g, req, blk, first, table, chain, log, st, slot):
             request = st[slot, ST_REQUEST]
             for nth in range(max(req[request, L_GRANULES], i * p[P_STRIDE]), (i + 1) * p[P_STRIDE]):
                 log_guess(log, g, request, nth)
+            req[request, L_GRANULES] = max(req[request, L_GRANULES], (i + 1) * p[P_STRIDE])
     remember(tag, pol, p, blk, first, g, table[slot, i], identity, log)
     st[slot, ST_CACHED] = i + 1
     g[G_FILLED] += 1

@@ -82,6 +82,15 @@ def log_time(p, log, g, op):
 
 
 @njit(cache=False)
+def log_moment(log, g):
+    """What follows comes 1 ns after what was logged last: an abort after a call is no part of it."""
+    g[G_OUTPUT] += 1
+    put(log, g, TIME)
+    put(log, g, g[G_OUTPUT] & 0xFFFFFFFF)
+    put(log, g, g[G_OUTPUT] >> 32)
+
+
+@njit(cache=False)
 def log_begin(p, log, g):
     log_time(p, log, g, BEGIN)
 

@@ -18,6 +18,7 @@ from kvtrace_replay.schedulers.vllm_v1.offload.connector import (
     plan_load,
     take_slot,
 )
+from kvtrace_replay.schedulers.vllm_v1.offload.events import HIT, emit
 from kvtrace_replay.schedulers.vllm_v1.offload.layout import (
     G_BEGUN,
     G_BUDGET,
@@ -44,6 +45,7 @@ from kvtrace_replay.schedulers.vllm_v1.offload.layout import (
     P_GATE,
     P_MAX_LEN,
     P_MAX_SEQS,
+    P_SIMPLE,
     P_WATERMARK,
     R_BLOCKS,
     R_CACHED,
@@ -61,16 +63,15 @@ from kvtrace_replay.schedulers.vllm_v1.offload.layout import (
     WAITS,
 )
 from kvtrace_replay.schedulers.vllm_v1.offload.requests import (
-    HIT,
     blocks_of,
     cache_up_to,
-    emit,
     end_of,
     enqueue,
     link,
     take,
     unlink,
 )
+from kvtrace_replay.schedulers.vllm_v1.offload.simple import find_on_host, load_from_host
 from kvtrace_replay.schedulers.vllm_v1.offload.tier import (
     write,
 )
@@ -178,7 +179,7 @@ def admit(s, request, limit):
     fresh = computed == 0
     if fresh:
         hit = longest_hit(s, request)
-        loads = matched(s, request, hit * size)
+        loads = find_on_host(s, request, hit * size) if s.p[P_SIMPLE] else matched(s, request, hit * size)
         if req[request, L_NO_READ]:
             loads = np.int64(0)
         if loads == ASK_LATER:
@@ -197,7 +198,9 @@ def admit(s, request, limit):
     looks = fresh and s.p[P_CACHING] and not req[request, L_NO_READ]
     if not give_slots(s, request, tokens, hit, computed, loads > 0, hit * size if looks else np.int64(-1)):
         return 0
-    if loads > 0:
+    if loads > 0 and s.p[P_SIMPLE]:
+        load_from_host(s, request, loads)
+    elif loads > 0:
         plan_load(s, request, loads)
     if looks:
         after = 1 if req[request, R_PREEMPTIONS] > 0 else 0

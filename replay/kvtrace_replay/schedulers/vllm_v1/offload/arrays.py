@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,10 +12,8 @@ from kvtrace_replay.schedulers.recorded import Recorded
 from kvtrace_replay.schedulers.settings import Settings
 from kvtrace_replay.schedulers.vllm_v1 import layout as base
 from kvtrace_replay.schedulers.vllm_v1.offload import layout as at
+from kvtrace_replay.schedulers.vllm_v1.offload.connectors import Connector, Offload, SimpleOffload
 from kvtrace_replay.timing.costs import StepCosts, TransferCosts
-
-if TYPE_CHECKING:
-    from kvtrace_replay.schedulers.vllm_v1.offload.run import Offload
 
 I32 = npt.NDArray[np.int32]
 F64 = npt.NDArray[np.float64]
@@ -24,7 +22,7 @@ F64 = npt.NDArray[np.float64]
 def state(
     recorded: Recorded,
     settings: Settings,
-    offload: Offload,
+    offload: Connector,
     arrivals: str,
     costs: StepCosts | None,
     copies: TransferCosts | None,
@@ -34,22 +32,22 @@ def state(
     n, blocks = recorded.n_requests, settings.num_blocks
     chain, chain_at = recorded.blocks(settings.block_size)
     identities = int(recorded.hashes.size)
-    per, chunks = offload.blocks_per_chunk, offload.blocks // offload.blocks_per_chunk
-    # More than the trace's identities can never be there at once.
-    chunk_room = min(chunks, identities)
-    jobs, running = chunk_room + min(blocks, n) + 2, min(settings.max_num_seqs, n)
+    per, chunks = offload.blocks_per_chunk, offload.chunks
+    running = min(settings.max_num_seqs, n)
+    if isinstance(offload, SimpleOffload):  # each of its jobs holds a block that no other of its direction holds
+        chunk_room, host, jobs = 0, offload.blocks, 2 * blocks + 2
+    else:  # more than the trace's identities can never be there at once
+        chunk_room = min(chunks, identities)
+        host, jobs = 1, chunk_room + min(blocks, n) + 2
     width = int(recorded.stop.max(initial=1)) // settings.block_size + 3
     slots = min(n, 2 * blocks + running) + 1
-    blk = np.zeros((blocks + 1, base.B_FIELDS + 1), np.int32)
-    blk[:, base.B_IDENTITY] = base.NO_IDENTITY
-    queue = np.concatenate([[blocks], np.arange(1, blocks), [blocks]]).astype(np.int32)
-    blk[queue[:-1], base.B_NEXT] = queue[1:]
-    blk[queue[1:], base.B_PREV] = queue[:-1]
     slot_rows = np.zeros((slots + 1, 2), np.int32)
     slot_rows[:, 0] = np.arange(slots + 1)[::-1] - 1
     slot_rows[slots, 0] = slots
     g = np.zeros(at.G_FIELDS, np.int64)
     g[base.G_FREE], g[at.G_ROOM] = blocks - 1, chunks
+    host_g = np.zeros(base.G_FIELDS, np.int64)
+    host_g[base.G_FREE] = host - 1
     job_lists = np.zeros((at.JOB_LISTS, max(jobs, n + 1)), np.int32)
     job_lists[at.SPARE, :jobs] = np.arange(jobs)[::-1]
     g[at.G_JOBS_FREE] = jobs
@@ -60,7 +58,7 @@ def state(
         p=_parameters(recorded, settings, offload, costs is not None, arrivals == "time", room["log"] > 0),
         g=g,
         req=_requests(recorded, settings),
-        blk=blk,
+        blk=_pool(blocks),
         first=np.full(identities + 1, -1, np.int32),
         table=np.zeros((slots, width), np.int32),
         slots=slot_rows,
@@ -83,7 +81,20 @@ def state(
         times=np.full((n if costs else 1, 4), -1, np.int64),
         gaps=np.zeros((room["gaps"], 2), np.int64),
         rows=np.zeros((room["rows"], at.S_FIELDS), np.int64),
+        host=_pool(host),
+        host_first=np.full(identities + 1, -1, np.int32),
+        host_g=host_g,
     )
+
+
+def _pool(blocks: int) -> I32:
+    """A block pool, all free: int32[blocks + 1, B_FIELDS + 1]; block 0 is the null block, the last row the ends."""
+    blk = np.zeros((blocks + 1, base.B_FIELDS + 1), np.int32)
+    blk[:, base.B_IDENTITY] = base.NO_IDENTITY
+    queue = np.concatenate([[blocks], np.arange(1, blocks), [blocks]]).astype(np.int32)
+    blk[queue[:-1], base.B_NEXT] = queue[1:]
+    blk[queue[1:], base.B_PREV] = queue[:-1]
+    return blk
 
 
 def _real(costs: StepCosts | None, copies: TransferCosts | None) -> F64:
@@ -120,7 +131,12 @@ def _requests(recorded: Recorded, settings: Settings) -> I32:
 
 
 def _parameters(
-    recorded: Recorded, settings: Settings, offload: Offload, timed: bool, by_time: bool, logged: bool
+    recorded: Recorded,
+    settings: Settings,
+    offload: Connector,
+    timed: bool,
+    by_time: bool,
+    logged: bool,
 ) -> Any:
     rules = settings.rules
     p = np.zeros(at.P_FIELDS, np.int64)
@@ -143,10 +159,8 @@ def _parameters(
         (at.P_MAX_LEN, settings.max_model_len),
         (at.P_SKIPS_FINISHING, rules.async_skips_finishing),
         (at.P_CHUNK_BLOCKS, offload.blocks_per_chunk),
-        (at.P_CHUNKS, offload.blocks // offload.blocks_per_chunk),
+        (at.P_CHUNKS, offload.chunks),
         (at.P_ARC, offload.policy == "arc"),
-        (at.P_THRESHOLD, offload.store_threshold),
-        (at.P_PROMPT_ONLY, offload.prompt_only),
         (at.P_POLLS, offload.steps),
         (at.P_PATIENCE, 100 + 2 * int(recorded.stop.sum(dtype=np.int64))),
         (at.P_LOG, logged),
@@ -154,4 +168,13 @@ def _parameters(
         (at.P_BY_TIME, by_time),
     ):  # fmt: skip
         p[place] = int(value)
+    p[at.P_EMPTY] = 20 + 2 * offload.steps
+    if isinstance(offload, Offload):
+        p[at.P_THRESHOLD], p[at.P_PROMPT_ONLY] = offload.store_threshold, offload.prompt_only
+        return p
+    p[at.P_SIMPLE], p[at.P_LAZY], p[at.P_RUNNER] = 1, offload.store == "eviction", offload.runner
+    p[at.P_COVER] = 2 * -(-settings.max_num_batched_tokens // settings.block_size)
+    p[at.P_IDLE] = 10
+    if by_time:  # many calls may be made at one moment, each of which stores a block at least
+        p[at.P_IDLE], p[at.P_EMPTY] = 1000, p[at.P_EMPTY] + settings.num_blocks
     return p

@@ -11,7 +11,8 @@ from kvtrace_replay.schedulers.latencies import summary
 from kvtrace_replay.schedulers.recorded import Recorded
 from kvtrace_replay.schedulers.settings import Settings, own_settings
 from kvtrace_replay.schedulers.sweep import ENGINES, Cell, HostTier, grid, why_not_exact
-from kvtrace_replay.schedulers.vllm_v1.offload.run import Offload, OffloadRun, simulate_offload, tier_blocks
+from kvtrace_replay.schedulers.vllm_v1.offload.connectors import Connector, Offload, SimpleOffload
+from kvtrace_replay.schedulers.vllm_v1.offload.run import OffloadRun, simulate_offload, tier_blocks
 from kvtrace_replay.timing.costs import StepCosts, TransferCosts
 from kvtrace_replay.timing.profile import Profile
 from kvtrace_traces.errors import UsageError
@@ -80,9 +81,12 @@ def run_with(
     )  # fmt: skip
 
 
-def offload_of(tier: HostTier, source: Recorded, settings: Settings) -> Offload:
+def offload_of(tier: HostTier, source: Recorded, settings: Settings) -> Connector:
     """The connector's settings. Raises UsageError for room that is none."""
-    return Offload(blocks=tier_blocks(tier.room, source, settings.block_size), policy=tier.policy)
+    blocks = tier_blocks(tier.room, source, settings.block_size)
+    if tier.connector == "simple":
+        return SimpleOffload(blocks=blocks, store=tier.store)
+    return Offload(blocks=blocks, policy=tier.policy)
 
 
 def costs_of(timing: Profile | None, block_size: int) -> tuple[StepCosts | None, TransferCosts | None]:

@@ -105,17 +105,29 @@ def taken_up(s):
 
 
 @njit(cache=False, **INNER)
-def copy(s, job, earliest):
-    """A transfer is submitted: it begins when the one before it in its direction has ended."""
-    load = s.job[job, J_LOAD]
+def on_link(s, load, earliest, blocks):
+    """A copy of so many blocks is submitted: it begins when the one before it in its direction has ended. Returns when
+    it begins and ends."""
     link, cost = (G_LINK_IN, F_IN) if load else (G_LINK_OUT, F_OUT)
     begin = max(earliest, s.g[link])
-    end = begin + np.int64(s.real[cost] + s.real[cost + 1] * s.job[job, J_COUNT])
-    s.job[job, J_BEGIN], s.job[job, J_END] = begin, end
+    end = begin + np.int64(s.real[cost] + s.real[cost + 1] * blocks)
     s.g[link] = end
+    return begin, end
+
+
+@njit(cache=False, **INNER)
+def note_copy(s, job, begin, end):
+    s.job[job, J_BEGIN], s.job[job, J_END] = begin, end
     row = s.job[job, J_ROW]
     if row < s.moves.shape[0]:
         s.moves[row, M_BEGAN], s.moves[row, M_ENDED] = begin, end
+
+
+@njit(cache=False, **INNER)
+def copy(s, job, earliest):
+    """A transfer is a copy of its own."""
+    begin, end = on_link(s, s.job[job, J_LOAD], earliest, s.job[job, J_COUNT])
+    note_copy(s, job, begin, end)
 
 
 @njit(cache=False, **INNER)

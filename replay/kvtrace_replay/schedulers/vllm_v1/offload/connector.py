@@ -155,7 +155,8 @@ def new_job(s, request, load, tokens):
     s.job[job, J_KEYS], s.job[job, J_BLOCKS] = -1, -1
     s.job[job, J_FENCED], s.job[job, J_FLUSH], s.job[job, J_ASKED] = 0, 0, 0
     s.job[job, J_COUNT], s.job[job, J_FIRST], s.job[job, J_BEGIN], s.job[job, J_END] = 0, -1, -1, -1
-    s.req[request, K_JOBS] += 1
+    if request >= 0:
+        s.req[request, K_JOBS] += 1
     return job
 
 

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
     R_CHUNK, R_PREFILLING, R_LAST_STEP, R_QUEUE,
 ) = range(15)  # fmt: skip
 L_PROMPT, L_STOP, L_MOST, L_NO_READ, L_REASON, L_RANK, L_VICTIM, L_ABORTED = range(15, 23)
-K_BLOCKS, K_KEYS, K_STORED, K_LOCAL, K_CACHED, K_JOBS, K_LOADED = range(23, 30)
-O_FIRST, O_LAST, O_FINISH, O_CACHED, O_REASON, O_STORED, O_LOADED = range(30, 37)
-R_FIELDS = 37
+K_BLOCKS, K_KEYS, K_STORED, K_LOCAL, K_CACHED, K_JOBS, K_LOADED, K_PINS = range(23, 31)
+O_FIRST, O_LAST, O_FINISH, O_CACHED, O_REASON, O_STORED, O_LOADED = range(31, 38)
+R_FIELDS = 38
 
 #: R_STATUS
 ABSENT, WAITING, RUNNING, LOADING, FINISHED, LEAVING = range(6)
@@ -28,14 +28,18 @@ WAITS, HOLDS, RUNS, NOWHERE = range(4)
 (
     P_BLOCK_SIZE, P_MAX_SEQS, P_BUDGET, P_MAX_BATCHED, P_CACHING, P_CHUNKED, P_LONG, P_ADAPTIVE, P_PRIORITY, P_ASYNC,
     P_WATERMARK, P_GATE, P_UNCACHED_FIRST, P_MAX_LEN, P_SKIPS_FINISHING, P_CHUNK_BLOCKS, P_CHUNKS, P_ARC, P_THRESHOLD,
-    P_PROMPT_ONLY, P_POLLS, P_PATIENCE, P_LOG, P_TIMED, P_BY_TIME,
-) = range(25)  # fmt: skip
-P_FIELDS = 28
+    P_PROMPT_ONLY, P_POLLS, P_PATIENCE, P_LOG, P_TIMED, P_BY_TIME, P_SIMPLE, P_LAZY, P_COVER, P_RUNNER, P_IDLE,
+    P_EMPTY,
+) = range(31)  # fmt: skip
+P_FIELDS = 32
 
 # The run: `g`, int64. The first 64 are those of `vllm_v1.layout`, of which the pool and the clock use some. G_LINK_OUT,
 # G_LINK_IN: when each direction of the link is free; G_OUT: when the last of the outputs under way arrives; G_LAST:
 # when the last one with tokens did; G_QUIET: whether the last call changed nothing; G_EVICTED: evictions up to the last
-# step; G_FLIGHT: of each call under way, its requests, the transfers that end with it, and when its output arrives.
+# step; G_CURSOR: the last block that a lazy walk came to, 0 for none; G_CALLS: calls, G_ALIVE: how many there had been
+# when there was last a request, G_SPIN: those since the last step without a load under way; G_COPY: copies so far;
+# G_LOADS_OUT: loads under way; G_FLIGHT: of each call under
+# way, its requests, the transfers that end with it, and when its output arrives.
 (
     G_BEGUN, G_BUDGET, G_SCHEDULED, G_PREEMPTED, G_CALL_PREEMPTED, G_EMPTY, G_EMPTY_ROW, G_CALL, G_ARRIVED, G_ABORTS,
     G_SLOTS, G_GONE, G_LEFT, G_JOBS, G_JOBS_FREE, G_KEYS_FREE, G_BLOCKS_FREE, G_LOADS, G_STORES, G_WAITS, G_UNDER_WAY,
@@ -43,17 +47,20 @@ P_FIELDS = 28
     G_HIT_TOKENS, G_LOOKUP_TOKENS, G_LOADED_TOKENS, G_STORED_BLOCKS, G_LOADED_BLOCKS, G_TIER_EVICTIONS, G_REFUSED,
     G_RUNNING,
     G_WAITING, G_HOLDING, G_GUESSED, G_LOADING,
-    G_LOG, N_MOVES, G_LINK_OUT, G_LINK_IN, G_OUT, G_LAST, G_QUIET, G_EVICTED, G_FLIGHT,
-) = range(64, 116)  # fmt: skip
+    G_LOG, N_MOVES, G_LINK_OUT, G_LINK_IN, G_OUT, G_LAST, G_QUIET, G_EVICTED, G_CURSOR, G_CALLS, G_ALIVE, G_SPIN,
+    G_COPY, G_LOADS_OUT, G_FLIGHT,
+) = range(64, 122)  # fmt: skip
 F_NAMED, F_ENDED, F_END = range(3)
 F_FIELDS = 3
 G_FIELDS = 128
 
-# Jobs: `job`, int64[., J_FIELDS]: keys and blocks are heads of lists through `keys` and `held`.
+# Jobs: `job`, int64[., J_FIELDS]: keys and blocks are heads of lists through `nodes`; J_REQUEST may be -1, nobody;
+# J_COPY: with which other jobs its bytes are one copy (`simple`).
 (
     J_REQUEST, J_LOAD, J_KEYS, J_BLOCKS, J_ROW, J_FENCED, J_FLUSH, J_ASKED, J_TOKENS, J_COUNT, J_FIRST, J_BEGIN, J_END,
-) = range(13)  # fmt: skip
-J_FIELDS = 13
+    J_COPY,
+) = range(14)  # fmt: skip
+J_FIELDS = 14
 
 # `real`, float64: ARC's target; what calls cost (`timing.costs.StepCosts.array`); what transfers cost, out and in
 # (`timing.costs.TransferCosts.array`).
@@ -71,6 +78,9 @@ SEEN, INSERTED, REUSED, MISSED = 1, 2, 4, 8
 #: What the tier did: codes of LOG_TIER, with how many chunks; these follow one by one, with code -1.
 TIER_OPS = ("evict", "store", "stored", "load", "loaded", "refuse")
 EVICT, STORE, STORED, LOAD, LOADED, REFUSE = range(6)
+#: What became of a block of the host's pool: it was handed out, taken from the free queue, put to its end, cached.
+HOST_OPS = ("take", "pin", "give", "cache")
+TAKE, PIN, GIVE, CACHE = range(4)
 # Transfers: `moves`, int64[., M_FIELDS]: as OffloadRun tells them; then, in ns, when its call was made, the copy begun
 # and ended, and the scheduler heard of it.
 M_STEP, M_LOAD, M_REQUEST, M_BLOCKS, M_TOKENS, M_DONE, M_PLANNED, M_BEGAN, M_ENDED, M_HEARD = range(10)
@@ -82,11 +92,12 @@ M_FIELDS = 10
 # time); an output arrives (0, time); a request comes (request, time); one that waits gets blocks
 # (request, tokens asked, tokens hit + 1 or 0); it ends (request, reason, output tokens); a transfer begins (its row,
 # request, whether a load, tokens, place of its first block in the request's table or -1, blocks); it ends (its row,
-# time); a call without tokens ends (free blocks, running, waiting).
+# time); a call without tokens ends (free blocks, running, waiting); a block of the host (one of HOST_OPS, block,
+# identity or -1).
 (
     LOG_EVENT, LOG_ROW, LOG_STEP, LOG_LOOKUP, LOG_PREEMPTION, LOG_MOVED, LOG_TIER,
-    LOG_CALL, LOG_OUTPUT, LOG_CAME, LOG_ASKED, LOG_FINISH, LOG_MOVE, LOG_ENDED, LOG_EMPTY,
-) = range(15)  # fmt: skip
+    LOG_CALL, LOG_OUTPUT, LOG_CAME, LOG_ASKED, LOG_FINISH, LOG_MOVE, LOG_ENDED, LOG_EMPTY, LOG_HOST,
+) = range(16)  # fmt: skip
 LOG_FIELDS = 7
 LOW_SIZE = 31
 LOW_BITS = (1 << LOW_SIZE) - 1  # of a time: the first of its two values; the other has the rest
@@ -100,7 +111,10 @@ S_FIELDS = 13
 # offer, the last offer that it was part of (negative if that stored it), its list, whether it is being loaded.
 I_NEXT, I_PREVIOUS, I_READERS, I_OFFERED, I_MARK, I_WHERE, I_BEING = range(7)
 I_FIELDS = 7
-B_HAND = 6  # a further column of `blk`: the call that handed the block out last
+# A further column of `blk`: the call that handed the block out last; with `simple` COPYING while it is stored, or
+# where its identity is guessed the host's block that holds the same, as the other one's B_HAND says.
+B_HAND = 6
+COPYING = -1
 
 # Rows of `jobs`: all, free ones, loads and stores of this call, those that the worker has, stores that it has not
 # begun, requests that load since this call; then those that end with the first call under way, with the second, and
@@ -134,7 +148,7 @@ class State(NamedTuple):
     lists: Any
     real: Any  # float64[REALS]
     job: Any
-    nodes: Any  # int32[., 4]: chunk of a request's chain, next; block, next
+    nodes: Any  # int32[., 4]: chunk of a request's chain, next; block, next; with `simple` the first is the host's
     jobs: Any  # int32[JOB_LISTS, .]
     flight: Any  # int32[3, ., 3]: requests of the calls under way, (request, tokens, whether sampled); see NOW
     defer: Any  # int64[., 4]: blocks that will be free: (after so many steps, slot, blocks, request)
@@ -146,3 +160,6 @@ class State(NamedTuple):
     times: Any  # int64[n, 4], `vllm_v1.layout.T_*`
     gaps: Any  # int64[., 2]: ns between two tokens of a request, how many such pairs
     rows: Any
+    host: Any  # the host's pool (`simple`): as blk, first and g
+    host_first: Any
+    host_g: Any

@@ -16,7 +16,8 @@ from kvtrace_replay.schedulers.settings import Settings
 from kvtrace_replay.schedulers.vllm_v1 import layout as base
 from kvtrace_replay.schedulers.vllm_v1.offload import layout as at
 from kvtrace_replay.schedulers.vllm_v1.offload import words as to_words
-from kvtrace_replay.schedulers.vllm_v1.offload.run import Offload, OffloadRun, block_bytes, simulate_offload
+from kvtrace_replay.schedulers.vllm_v1.offload.connectors import Connector, SimpleOffload
+from kvtrace_replay.schedulers.vllm_v1.offload.run import OffloadRun, block_bytes, simulate_offload
 from kvtrace_traces import wire
 from kvtrace_traces.errors import KvtraceError, UsageError
 from kvtrace_traces.schema import OPS
@@ -31,7 +32,7 @@ def write_offload_run(
     path: str | Path,
     recorded: Recorded,
     settings: Settings,
-    offload: Offload,
+    offload: Connector,
     arrivals: str = "step",
     why: Sequence[str] = (),
     **options: Any,
@@ -58,12 +59,7 @@ def write_offload_run(
 
     header = simulated_header(recorded, settings, arrivals, why, run.clock is not None)
     header["inexact"] = [*header["inexact"], "kv-connector"]
-    header["offload"] = {
-        "connector": "OffloadingConnector", "manager": "CPUOffloadingManager",
-        "chunks": offload.blocks // offload.blocks_per_chunk, "blocks_per_chunk": offload.blocks_per_chunk,
-        "policy": offload.policy, "store_threshold": offload.store_threshold, "prompt_only": offload.prompt_only,
-        "workers": 1,
-    }  # fmt: skip
+    header["offload"] = told_of(offload, settings)
     try:
         write_file(str(path), header, bodies, end)
     except FileExistsError:
@@ -71,6 +67,24 @@ def write_offload_run(
     except OSError as error:
         raise KvtraceError(f"cannot write {path}: {error.strerror or error}") from None
     return run
+
+
+def told_of(offload: Connector, settings: Settings) -> dict[str, Any] | None:
+    """What the header tells of a connector, as the tracer does."""
+    told: dict[str, Any] = {
+        "chunks": offload.chunks, "blocks_per_chunk": offload.blocks_per_chunk, "policy": offload.policy, "workers": 1,
+    }  # fmt: skip
+    if not isinstance(offload, SimpleOffload):
+        manager = {"connector": "OffloadingConnector", "manager": "CPUOffloadingManager"}
+        return manager | told | {"store_threshold": offload.store_threshold, "prompt_only": offload.prompt_only}
+    if not settings.prefix_caching:
+        return None
+    lazy = offload.store == "eviction"
+    cover = 2 * -(-settings.max_num_batched_tokens // settings.block_size)
+    return {
+        "connector": "SimpleCPUOffloadConnector", "manager": "SimpleCPUOffloadScheduler", **told, "store_threshold": 0,
+        "prompt_only": False, "lazy_offload": lazy, "lazy_target_blocks": cover if lazy else None, "backend": "cpu",
+    }  # fmt: skip
 
 
 def in_pieces(run: OffloadRun, recorded: Recorded, settings: Settings) -> Iterator[tuple[U32, int]]:

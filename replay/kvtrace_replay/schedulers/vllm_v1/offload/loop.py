@@ -45,12 +45,14 @@ from kvtrace_replay.schedulers.vllm_v1.offload.layout import (
     F_NAMED,
     FINISHED,
     G_ABORTS,
+    G_ALIVE,
     G_ARRIVED,
     G_BEGUN,
     G_BUDGET,
     G_CALL,
     G_CALL_PREEMPTED,
     G_CALLED,
+    G_CALLS,
     G_DONE,
     G_EMPTY,
     G_EMPTY_ROW,
@@ -68,6 +70,7 @@ from kvtrace_replay.schedulers.vllm_v1.offload.layout import (
     G_QUIET,
     G_RUNNING,
     G_SCHEDULED,
+    G_SPIN,
     G_STORES,
     G_WAITING,
     HOLDS,
@@ -96,12 +99,14 @@ from kvtrace_replay.schedulers.vllm_v1.offload.layout import (
     P_ASYNC,
     P_BUDGET,
     P_BY_TIME,
+    P_EMPTY,
+    P_IDLE,
     P_LONG,
     P_MAX_BATCHED,
     P_MAX_LEN,
     P_PATIENCE,
-    P_POLLS,
     P_PRIORITY,
+    P_SIMPLE,
     P_SKIPS_FINISHING,
     P_TIMED,
     R_BLOCKS,
@@ -133,13 +138,16 @@ from kvtrace_replay.schedulers.vllm_v1.offload.requests import (
     release,
     take,
 )
+from kvtrace_replay.schedulers.vllm_v1.offload.simple import hear_simple, plan_simple
 from kvtrace_replay.schedulers.vllm_v1.offload.tier import (
     write,
     write_time,
 )
-from kvtrace_replay.schedulers.vllm_v1.offload.worker import ask, begin_loads, begin_stores
+from kvtrace_replay.schedulers.vllm_v1.offload.worker import ask, begin_copies, begin_loads, begin_stores, end_all
 from kvtrace_replay.schedulers.vllm_v1.words import ABORTED
 from kvtrace_traces.compile import njit
+
+MOST_CALLS = 10_000  # without a step or a load: then those that wait do so for ever
 
 
 @njit(cache=False, **INNER)
@@ -227,7 +235,10 @@ def schedule(s):
     schedule_running(s, limit)
     if g[G_CALL_PREEMPTED] == 0:
         schedule_waiting(s, limit)
-    plan(s)
+    if s.p[P_SIMPLE]:
+        plan_simple(s)
+    else:
+        plan(s)
     n = g[G_SCHEDULED]
     g[G_QUIET] = n + g[G_CALL_PREEMPTED] + g[G_LOADS] + g[G_STORES] == 0
     if n > 0:
@@ -274,11 +285,14 @@ def send(s):
         request = s.flight[NOW, i, 0]
         s.flight[of, i, 0], s.flight[of, i, 1] = request, s.flight[NOW, i, 1]
         s.flight[of, i, 2] = not s.req[request, R_CHUNK]
-    flushed = begin_stores(s)
+    flushed = end_all(s) if s.p[P_SIMPLE] else begin_stores(s)
     begin = max(taken_up(s), flushed)
     if s.p[P_TIMED]:
         g[G_DEVICE] = begin + call_cost(s, begin)
-    begin_loads(s)
+    if s.p[P_SIMPLE]:
+        begin_copies(s, flushed)
+    else:
+        begin_loads(s)
     ended = s.jobs[ENDED + of]
     n = ask(s, ended, max(g[G_NOW], flushed))
     end = max(g[G_DEVICE], g[G_OUT])  # outputs arrive in order
@@ -321,7 +335,10 @@ def update(s, of):
         if req[request, R_TOKENS] >= req[request, L_STOP]:
             finish(s, request, req[request, L_REASON])
     loaded = s.jobs[ENDED + 2]
-    many = hear(s, s.jobs[ENDED + of], g[at + F_ENDED], loaded)
+    if s.p[P_SIMPLE]:
+        many = hear_simple(s, s.jobs[ENDED + of], g[at + F_ENDED], loaded)
+    else:
+        many = hear(s, s.jobs[ENDED + of], g[at + F_ENDED], loaded)
     for i in range(many):
         request = np.int64(loaded[i])
         if req[request, R_STATUS] == LEAVING:
@@ -367,8 +384,14 @@ def abort(s):
 
 @njit(cache=False, **INNER)
 def unfinished(s):
+    """Whether the engine goes on. What a lazy connector stores may keep it awake for good: then for so many calls."""
     g = s.g
-    return g[G_RUNNING] + g[G_WAITING] + g[G_HOLDING] > 0 or g[G_GONE] + g[G_LEFT] + g[G_JOBS] > 0
+    rest = g[G_RUNNING] + g[G_WAITING] + g[G_HOLDING] > 0 or g[G_GONE] + g[G_LEFT] > 0
+    if not s.p[P_SIMPLE]:
+        return rest or g[G_JOBS] > 0
+    if rest:
+        g[G_ALIVE] = g[G_CALLS]
+    return (rest or g[G_JOBS] > 0) and g[G_CALLS] - g[G_ALIVE] < s.p[P_IDLE]
 
 
 @njit(cache=False, **INNER)
@@ -407,7 +430,7 @@ def run(s):
             continue
         if unfinished(s):
             schedule(s)
-            if g[G_EMPTY] > 20 + 2 * s.p[P_POLLS]:
+            if g[G_EMPTY] > s.p[P_EMPTY] or g[G_SPIN] > MOST_CALLS:
                 return STUCK
             send(s)
             if g[G_FLIGHTS] < depth and (g[G_SCHEDULED] > 0 or unfinished(s)):

@@ -21,10 +21,11 @@ from kvtrace_replay.schedulers.vllm_v1.offload.connector import (
     flush,
     leave_slot,
 )
+from kvtrace_replay.schedulers.vllm_v1.offload.events import ALLOCATE, EVICT, FILL, FREE, emit
 from kvtrace_replay.schedulers.vllm_v1.offload.layout import (
+    B_HAND,
     FINISHED,
     G_BEGUN,
-    G_BUDGET,
     G_CALL_PREEMPTED,
     G_CALLED,
     G_DEFER_HEAD,
@@ -42,11 +43,11 @@ from kvtrace_replay.schedulers.vllm_v1.offload.layout import (
     HOLDS,
     INNER,
     K_LOADED,
+    K_STORED,
     L_PROMPT,
     L_RANK,
     LEAVING,
     LOADING,
-    LOG_EVENT,
     LOG_FINISH,
     LOG_PREEMPTION,
     NOWHERE,
@@ -55,8 +56,8 @@ from kvtrace_replay.schedulers.vllm_v1.offload.layout import (
     P_ASYNC,
     P_BLOCK_SIZE,
     P_CACHING,
-    P_LOG,
     P_PRIORITY,
+    P_SIMPLE,
     P_UNCACHED_FIRST,
     R_BLOCKS,
     R_CACHED,
@@ -74,11 +75,9 @@ from kvtrace_replay.schedulers.vllm_v1.offload.layout import (
     WAITING,
     WAITS,
 )
+from kvtrace_replay.schedulers.vllm_v1.offload.simple import end_request
 from kvtrace_replay.schedulers.vllm_v1.offload.tier import write
 from kvtrace_traces.compile import njit
-from kvtrace_traces.schema import BLOCK_EVENT_KINDS
-
-ALLOCATE, HIT, FILL, FREE, EVICT = (BLOCK_EVENT_KINDS.index(k) for k in ("allocate", "hit", "fill", "free", "evict"))
 
 
 @njit(cache=False, **INNER)
@@ -126,14 +125,6 @@ def enqueue(s, queue, request, at_front):
 
 
 @njit(cache=False, **INNER)
-def emit(s, kind, request, block, identity):
-    """A block event; `step` is the one of the call under way, else the last one begun."""
-    if s.p[P_LOG]:
-        step = s.g[G_BEGUN] if s.g[G_BUDGET] >= 0 else max(s.g[G_BEGUN] - 1, 0)
-        write(s, LOG_EVENT, step, kind, request, block, identity, 0)
-
-
-@njit(cache=False, **INNER)
 def blocks_of(s, tokens):
     return (tokens + s.p[P_BLOCK_SIZE] - 1) // s.p[P_BLOCK_SIZE]
 
@@ -149,6 +140,8 @@ def take(s, request, n):
         if held != NO_IDENTITY:
             emit(s, EVICT, request, block, held)
         emit(s, ALLOCATE, request, block, -1)
+        if s.p[P_SIMPLE]:
+            s.blk[block, B_HAND] = 0
         s.table[slot, i] = block
     s.req[request, R_BLOCKS] = have + n
 
@@ -215,7 +208,10 @@ def preempt(s, request):
     g, req = s.g, s.req
     write(s, LOG_PREEMPTION, g[G_BEGUN], request, req[request, R_BLOCKS], req[request, R_COMPUTED], 0, 0)
     unlink(s, request)
-    flush(s, request)
+    if s.p[P_SIMPLE]:
+        req[request, K_STORED] = 0
+    else:
+        flush(s, request)
     release(s, request)
     req[request, R_STATUS], req[request, R_COMPUTED] = WAITING, 0
     req[request, R_HOLDERS], req[request, R_PREFILLING] = 0, 0
@@ -232,7 +228,10 @@ def finish(s, request, reason):
     g, req = s.g, s.req
     unlink(s, request)
     leaving = req[request, R_STATUS] == LOADING and not req[request, K_LOADED]
-    fence(s, request)
+    if s.p[P_SIMPLE]:
+        end_request(s, request)
+    else:
+        fence(s, request)
     req[request, R_PREFILLING] = 0
     req[request, R_STATUS] = FINISHED
     req[request, O_FINISH], req[request, O_REASON] = max(g[G_BEGUN] - 1, 0), reason

@@ -16,47 +16,21 @@ from kvtrace_replay.schedulers.vllm_v1 import layout as base
 from kvtrace_replay.schedulers.vllm_v1.offload import layout as at
 from kvtrace_replay.schedulers.vllm_v1.offload import loop
 from kvtrace_replay.schedulers.vllm_v1.offload.arrays import state as arrays
+from kvtrace_replay.schedulers.vllm_v1.offload.connectors import Connector
 from kvtrace_replay.schedulers.vllm_v1.run import Clock
 from kvtrace_replay.timing.costs import StepCosts, TransferCosts
 from kvtrace_traces.errors import UsageError
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
-POLICIES = ("lru", "arc")
 _FIRST_ROOM = 1 << 12
 run_compiled: Any = loop.run
-#: Names of the rows of a log, by their kind, and how many values they have.
-LOGS = (("events", 5), ("rows", 4), ("steps", 6), ("lookups", 5), ("preemptions", 4), ("moved", 1), ("tier", 2))
-
-
-@dataclass(frozen=True)
-class Offload:
-    """The tier of host memory, and its connector's settings (vLLM 0.32.0, `kv_connector_extra_config`).
-
-    `blocks`: room, in blocks of the engine. `policy`: who is dropped, one of POLICIES (`eviction_policy`).
-    `blocks_per_chunk`: blocks that are stored as one. `store_threshold`: a chunk is stored once it was on offer so
-    often; below 2 at once. `prompt_only`: whether generated blocks are left out (`offload_prompt_only`). `steps`: a
-    transfer is done at the end of so many calls after the one it was begun in; 0: of that one; where requests arrive
-    by time, its bytes decide instead.
-    """
-
-    blocks: int
-    policy: str = "lru"
-    blocks_per_chunk: int = 1
-    store_threshold: int = 0
-    prompt_only: bool = True
-    steps: int = 0
-
-    def check(self) -> None:
-        """Raises UsageError for what the connector does not take."""
-        if self.policy not in POLICIES:
-            raise UsageError(f"--offload-policy {self.policy} is none of {', '.join(POLICIES)}")
-        for name, least in (("blocks", 1), ("blocks_per_chunk", 1), ("store_threshold", 0), ("steps", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
-                raise UsageError(f"offload: {name} {value!r} must be a whole number from {least} to {2**31 - 1}")
-        if self.blocks < self.blocks_per_chunk:
-            raise UsageError(f"offload: {self.blocks} blocks have no room for a chunk of {self.blocks_per_chunk}")
+#: Kinds of a log's rows, their names, and how many values they have.
+LOGS = (
+    (at.LOG_EVENT, "events", 5), (at.LOG_ROW, "rows", 4), (at.LOG_STEP, "steps", 6), (at.LOG_LOOKUP, "lookups", 5),
+    (at.LOG_PREEMPTION, "preemptions", 4), (at.LOG_MOVED, "moved", 1), (at.LOG_TIER, "tier", 2),
+    (at.LOG_HOST, "host", 3),
+)  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -70,13 +44,14 @@ class OffloadRun:
         loaded_tokens: beyond these, from the tier.
         stored_blocks, loaded_blocks, stored_bytes, loaded_bytes: what was copied; bytes None where a block's are not
             known.
-        tier_evictions: chunks dropped from the tier. refused: offers for which the tier had no room.
+        tier_evictions: chunks dropped from the tier (of SimpleOffload: blocks, of which others may hold the same).
+        refused: offers for which the tier had no room.
         finished: requests that ended.
         requests: int32[n, 7]: first and last step, step of its end, cached tokens (hit and loaded at its first
             admission), reason, blocks stored and loaded for it; -1 where there is none. preempted: int32[n]. tokens:
             int32[n], prompt and output at the end.
-        transfers: int64[m, 6]: step, whether a load, request, blocks, tokens (of a load), the last step begun at its
-            end (-1 for none); in order of begin.
+        transfers: int64[m, 6]: step, whether a load, request (-1: what was stored on eviction is nobody's), blocks,
+            tokens (of a load), the last step begun at its end (-1 for none); in order of begin.
         transfer_ns: int64[m, 4], where calls have costs: when its call was made, its copy begun and ended, and the
             scheduler heard of it, -1 for never; else empty.
         rows: int64[steps, 13], `layout.S_*`, where asked for; else empty. Without costs their times are 0.
@@ -87,7 +62,7 @@ class OffloadRun:
     """
 
     settings: Settings
-    offload: Offload
+    offload: Connector
     steps: int
     preemptions: int
     evictions: int
@@ -116,7 +91,7 @@ class OffloadRun:
 def simulate_offload(
     recorded: Recorded,
     settings: Settings,
-    offload: Offload,
+    offload: Connector,
     *,
     arrivals: str = "step",
     costs: StepCosts | None = None,
@@ -177,7 +152,7 @@ def block_bytes(recorded: Recorded, block_size: int) -> int | None:
 def _check(
     recorded: Recorded,
     settings: Settings,
-    offload: Offload,
+    offload: Connector,
     arrivals: str,
     costs: StepCosts | None,
     copies: TransferCosts | None,
@@ -205,7 +180,7 @@ def _check(
 
 
 def _run(
-    recorded: Recorded, settings: Settings, offload: Offload, state: at.State, kept: dict[str, bool], seconds: float
+    recorded: Recorded, settings: Settings, offload: Connector, state: at.State, kept: dict[str, bool], seconds: float
 ) -> OffloadRun:
     g, n = state.g, recorded.n_requests
     moves, rows = state.moves[: g[at.N_MOVES]], state.rows[: g[at.G_BEGUN]].copy()
@@ -251,4 +226,4 @@ def _run(
 def _logs(state: at.State) -> dict[str, I32]:
     """The rows of the log by their kind."""
     rows = state.log[: state.g[at.G_LOG]]
-    return {name: rows[rows[:, 0] == kind, 1 : 1 + values] for kind, (name, values) in enumerate(LOGS)}
+    return {name: rows[rows[:, 0] == kind, 1 : 1 + values] for kind, name, values in LOGS}

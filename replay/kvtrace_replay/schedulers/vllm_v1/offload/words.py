@@ -23,6 +23,7 @@ from kvtrace_replay.schedulers.vllm_v1.layout import (
     R_CALL,
     R_COMPUTED,
 )
+from kvtrace_replay.schedulers.vllm_v1.offload.events import ALLOCATE, FILL, FREE, HIT
 from kvtrace_replay.schedulers.vllm_v1.offload.layout import (
     LOG_ASKED,
     LOG_CALL,
@@ -40,7 +41,6 @@ from kvtrace_replay.schedulers.vllm_v1.offload.layout import (
     M_BEGAN,
     M_ENDED,
 )
-from kvtrace_replay.schedulers.vllm_v1.offload.requests import ALLOCATE, FILL, FREE, HIT
 from kvtrace_replay.schedulers.vllm_v1.words import (
     leave_set,
     log_alloc,
@@ -58,7 +58,7 @@ from kvtrace_traces.compile import njit
 from kvtrace_traces.schema import EXT_OPS, MOVE_LOAD, MOVE_STORE, NO_REQUEST, NOT_TOLD, OPS
 
 OP_HIT, OP_ALLOCN, OP_FREE, OP_CHAIN = (OPS[name].code for name in ("HIT", "ALLOCN", "FREE", "CHAIN"))
-EXT, MOVE, MOVED = OPS["EXT"].code, EXT_OPS["MOVE"].code, EXT_OPS["MOVED"].code
+EXT, MOVE, MOVED, HITX, FREEX = OPS["EXT"].code, *(EXT_OPS[name].code for name in ("MOVE", "MOVED", "HITX", "FREEX"))
 HOST = 1 << 8  # the tier, above the kind
 UNKNOWN = NOT_TOLD & 0xFFFFFFFF
 #: Words that a row takes at most, beside a request's own; a guessed identity takes four for each granule of a block.
@@ -115,6 +115,17 @@ def blocks(log, g, known, rows, i, request, kind, n):
 
 
 @njit(cache=False)
+def nobodys(log, g, rows, i, kind, n):
+    """HITX or FREEX of `n` blocks that a copy holds, or lets go."""
+    put(log, g, EXT | ((HITX if kind == HIT else FREEX) | (2 + n) << 8) << 4)
+    put(log, g, NO_REQUEST)
+    put(log, g, 0)
+    for k in range(n):
+        put(log, g, rows[i + k, 4])
+    g[G_EVENTS] += n
+
+
+@njit(cache=False)
 def fills(log, g, known, request, n, stride):
     """FILL of `n` blocks; identities that the trace does not know are made up."""
     number = known[request, NUMBER]
@@ -132,7 +143,7 @@ def begins(log, g, known, rows, i, block_bytes):
     n = np.int64(rows[i, 6])
     put(log, g, EXT | (MOVE | (7 + n) << 8) << 4)
     put(log, g, row)
-    put(log, g, known[request, NUMBER])
+    put(log, g, known[request, NUMBER] if request >= 0 else NO_REQUEST)
     put(log, g, (MOVE_LOAD if load else MOVE_STORE) | HOST)
     put(log, g, tokens)
     put(log, g, first if first >= 0 else NO_REQUEST)
@@ -204,7 +215,10 @@ def encode(rows, moves, p, g, req, sch, owners, st, known, words, word_at, strid
             log_finish(log, g, known[request, NUMBER], rows[i, 2], rows[i, 3], 0)
         elif what == LOG_EVENT:
             kind, request = np.int64(rows[i, 2]), np.int64(rows[i, 3])
-            if kind == ALLOCATE and request != known[run, CONTEXT]:
+            if request < 0:
+                many = same(rows, i, request, kind)
+                nobodys(log, g, rows, i, kind, many)
+            elif kind == ALLOCATE and request != known[run, CONTEXT]:
                 log_alloc(log, g, owners, known[request, NUMBER], np.int64(rows[i, 4]))
             elif kind in (ALLOCATE, HIT):
                 many = same(rows, i, request, kind)
