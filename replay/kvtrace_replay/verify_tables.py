@@ -9,6 +9,8 @@ import polars as pl
 
 from kvtrace_traces.snapshot import Live, Snapshot
 
+_NEVER = -(1 << 62)  # ns: before anything that a trace tells of
+
 
 def check(
     name: str, rule: str, checked: int, mismatches: int, first: str | None = None, skipped: str | None = None
@@ -31,7 +33,7 @@ def across(trace: Any, mine: Any, begun: Snapshot | None = None) -> list[dict[st
     preemptions, spans, events = mine(trace.preemptions), mine(trace.step_spans), mine(trace.block_events)
     steps, requests = mine(trace.steps), mine(trace.requests)
     return [
-        _costs(preemptions, spans, events, carried),
+        _costs(preemptions, spans, steps, events, carried),
         _preempted(preemptions, steps, 0 if begun is None else begun.preempted),
         _bounds(requests, spans, carried),
         _times(events, steps),
@@ -40,7 +42,7 @@ def across(trace: Any, mine: Any, begun: Snapshot | None = None) -> list[dict[st
 
 
 def _costs(
-    preemptions: pl.DataFrame, spans: pl.DataFrame, events: pl.DataFrame, carried: Sequence[Live]
+    preemptions: pl.DataFrame, spans: pl.DataFrame, steps: pl.DataFrame, events: pl.DataFrame, carried: Sequence[Live]
 ) -> dict[str, Any]:
     """A preemption costs the blocks given up at its time, and the tokens computed until then."""
     freed = (
@@ -50,15 +52,19 @@ def _costs(
     )
     ends = spans.select(
         "request",
-        last=(pl.col("first_step") + pl.col("steps") - 1).cast(pl.Int32),
+        step=(pl.col("first_step") + pl.col("steps") - 1).cast(pl.Int32),
         computed=pl.col("computed_before") + pl.col("steps") * pl.col("tokens"),
-    ).sort("last")
-    before = pl.DataFrame([(live.request, -1, live.computed) for live in carried], schema=ends.schema, orient="row")
-    ends = pl.concat([before, ends]).sort("last")
-    told = preemptions.join(freed, on=["request", "time_ns"], how="left").sort("step")
-    # A call without tokens belongs to the step after it, which may be the one that resumes the request.
-    told = told.with_columns(before=pl.col("step") - 1)
-    told = told.join_asof(ends, left_on="before", right_on="last", by="request", check_sortedness=False)
+    )
+    ends = ends.join(steps.select("step", began="start_ns"), on="step", how="left").select(
+        "request", "began", "computed"
+    )
+    before = pl.DataFrame([(live.request, None, live.computed) for live in carried], schema=ends.schema, orient="row")
+    ends = pl.concat([before, ends]).with_columns(pl.col("began").fill_null(_NEVER)).sort("began")
+    told = preemptions.join(freed, on=["request", "time_ns"], how="left").sort("time_ns")
+    # By the clock: a call without tokens has the number of the step after it, which may be the one that resumes the
+    # request, and what a reset preempts has the number of the step before. What a call does is of the moment it began.
+    told = told.with_columns(before=pl.col("time_ns") - 1)
+    told = told.join_asof(ends, left_on="before", right_on="began", by="request", check_sortedness=False)
     wrong = told.filter(
         (pl.col("blocks_lost") != pl.col("freed").fill_null(0))
         | (pl.col("tokens_lost") != pl.col("computed").fill_null(0))
