@@ -32,7 +32,7 @@ class OffloadRun(Run):
     """`Run`, and: transfers (step, kind, request, blocks, tokens, last step begun at its end or None), as they begin;
     tier: what its manager did, in order."""
 
-    transfers: list[tuple[int, str, int, list[int], int, int | None]] = field(default_factory=list)
+    transfers: list[tuple[int, str, int | None, list[int], int, int | None]] = field(default_factory=list)
     tier: list[tuple[str, list[int]]] = field(default_factory=list)
 
 

@@ -185,7 +185,7 @@ class SimpleEngine(_OffloadEngine):
         job = self.jobs[number]
         tokens, job.row = job.row, len(self.result.transfers)
         kind, request = "load" if job.load else "store", None if job.request < 0 else job.request
-        self.result.transfers.append((self.begun, kind, request, job.blocks, tokens, None))  # type: ignore[arg-type]
+        self.result.transfers.append((self.begun, kind, request, job.blocks, tokens, None))
 
     # -------------------------------------------------------------------------------------------------------- stores
 

@@ -36,7 +36,7 @@ def simulate_timed(
 
 class _TimedSimple(_TimedOffload, SimpleEngine):
     def __init__(self, *arguments: object) -> None:
-        super().__init__(*arguments)  # type: ignore[arg-type]
+        super().__init__(*arguments)
         if self.step_ns is not None:
             self.idle_calls, self.most_empty = IDLE_CALLS_BY_TIME, self.most_empty + self.settings.num_blocks
 

@@ -5,7 +5,7 @@ compressed with Snappy, which every reader knows, where that makes them smaller.
 are kept for each row group.
 
 Why not a library's writer: block events are most of a trace, and pyarrow encodes a file in one thread (118 ns an event,
-decoding included, where this takes 47 to 62); DuckDB's threads took 270 ns of CPU, for files a third larger. All that is
+decoding included, where this takes 47 to 62); DuckDB's threads took 270 ns of CPU, for files 45 % larger. All that is
 here is how pages of whole numbers are packed. Compression, types and every reader in the tests are Arrow's, Polars' and
 DuckDB's own.
 """
