@@ -86,7 +86,8 @@ def test_from_the_command_line(kvtrace_cli: Any, thrash: Path, tmp_path: Path) -
 def test_the_page_shows_what_is_printed(kvtrace_cli: Any) -> None:
     """The examples of docs/offload.md."""
     root = Path(__file__).resolve().parents[3]
-    shown = re.findall(r"^```console\n\$ kvtrace ([^\n]*)\n(.*?)^```", (root / "docs/offload.md").read_text(), re.S | re.M)
+    page = (root / "docs/offload.md").read_text()
+    shown = re.findall(r"^```console\n\$ kvtrace ([^\n]*)\n(.*?)^```", page, re.S | re.M)
     assert len(shown) == 2
     for command, lines in shown:
         done = kvtrace_cli(*(root / word if word.startswith("traces/") else word for word in command.split()))
