@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from kvtrace_replay.curves.stack import IN_LINE, LOW, NEVER, ONE, WORD, ZERO, count_before, new_stack, open_line, remove
+from kvtrace_replay.curves.stack import IN_LINE, NEVER, count_from, new_stack, open_line, remove
+from kvtrace_replay.structures.slots import LOW, ONE, WORD, ZERO
 from kvtrace_traces.compile import njit
 
 U32 = npt.NDArray[np.uint32]
@@ -41,23 +42,22 @@ def reuse_distances(references: I32, n_identities: int) -> tuple[I32, I64]:
 
 @njit
 def _distances(
-    refs: I32, distance: I32, previous: I64, place: I64, last: U32, bits: U64, lines: I16, nodes: I32, areas: I64
+    refs: I32, distance: I32, previous: I64, place: I64, last: U32, bits: U64, lines: I16, nodes: I32, areas: I32
 ) -> None:  # fmt: skip
     """Fills `distance` and `previous`. `place` int64[n_identities]: where each block was used last, -1 for nowhere."""
-    now, live = ZERO, 0
+    now = ZERO
     for i in range(refs.size):
         key = np.intp(np.uint32(refs[i]))
         if last[key] == NEVER:
             distance[i] = -1
-            live += 1
         else:
             slot = np.uint64(last[key])
-            distance[i] = live - count_before(slot, bits, lines, nodes, areas) - 1
-            remove(slot >> WORD, ONE << (slot & LOW), 1, now, bits, lines, nodes, areas)
+            distance[i] = count_from(slot, now, bits, lines, nodes, areas) - 1
+            remove(slot >> WORD, ONE << (slot & LOW), 1, bits, lines, nodes, areas)
         previous[i] = place[key]
         place[key] = i
         last[key] = np.uint32(now)
         bits[now >> WORD] |= ONE << (now & LOW)
         now += ONE
         if now & IN_LINE == ZERO:
-            now = open_line(now, live, last, bits, lines, nodes, areas)
+            now = open_line(now, last, bits, lines, nodes, areas)

@@ -33,6 +33,7 @@ from kvtrace_replay.cache.totals import (
 from kvtrace_replay.capacity import parse_capacity
 from kvtrace_replay.cores import cores
 from kvtrace_replay.policies.registry import MAX_STATE, SEMANTICS, Policy, find_policy
+from kvtrace_replay.structures.recency import new_recency
 from kvtrace_replay.workload.model import Workload
 from kvtrace_traces.compile import warm
 from kvtrace_traces.errors import KvtraceError, UsageError
@@ -157,7 +158,7 @@ def _drive(
     # More room than there are blocks changes nothing; state sized by the capacity then stays small.
     blocks = int(min(capacity, max(1, stream.n_identities)))
     in_imports = stream.semantics == "prefix" and not run.concurrent
-    if in_imports and entry.by_last_use and entry.uses == 1:
+    if entry.by_last_use and entry.uses == 1 and (in_imports or stream.semantics == "object"):
         return _drive_by_recency(run, blocks)
     state = entry.state(stream, blocks)
     padded = (*state, *(UNUSED,) * (MAX_STATE - len(state)))
@@ -202,19 +203,22 @@ def _drive(
 def _drive_by_recency(
     run: Prepared, blocks: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8], npt.NDArray[np.int64], float]:
-    """As `_drive`, for LRU over an import."""
+    """As `_drive`, for LRU: in `object` semantics, and in `prefix` semantics over an import."""
     stream = run.stream
     n = stream.prompt_blocks.size
     hits = np.zeros(n, np.int64)
     totals = np.zeros(N_TOTALS, np.int64)
-    log = by_recency.new_log(stream.n_identities, blocks, stream.refs.size, run.longest_chain)
-    before = (stream.refs, stream.indptr, run.last_tokens, run.block_size, stream.prompt_blocks, run.hit_cap)
-    driver: Any = by_recency.recency_driver
-    warm(driver, (*before, 0, n, blocks, *log, hits, totals))
-    # Of two events a request, the first is its admission.
-    seconds = _timed(
-        lambda first, last: driver(*before, first, last, blocks, *log, hits, totals), run.warmup_steps // 2, n, totals
-    )
+    longest = int(np.diff(stream.indptr).max(initial=0))
+    order = new_recency(stream.n_identities, stream.refs.size, longest)
+    before: tuple[Any, ...] = (stream.refs, stream.indptr, run.last_tokens, run.block_size)
+    driver: Any
+    if stream.semantics == "object":
+        driver, warmup = by_recency.object_recency_driver, run.warmup_steps
+    else:
+        driver, before = by_recency.prefix_recency_driver, (*before, stream.prompt_blocks, run.hit_cap)
+        warmup = run.warmup_steps // 2  # of two events a request, the first is its admission
+    warm(driver, (*before, 0, n, blocks, *order, hits, totals))
+    seconds = _timed(lambda first, last: driver(*before, first, last, blocks, *order, hits, totals), warmup, n, totals)
     return hits, np.zeros(n, np.uint8), totals, seconds
 
 

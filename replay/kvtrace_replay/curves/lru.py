@@ -97,7 +97,7 @@ def lru_curve(workload: Workload, semantics: str = "prefix", warmup: float = 0.0
     n = distinct_blocks(workload, semantics)
     skipped = workload.skipped(warmup)
     args: tuple[Any, ...]
-    hits = np.zeros(n + 1, np.int64)
+    counts: npt.NDArray[Any] = np.zeros(n + 1, np.uint32 if workload.n_refs < 2**32 else np.int64)
     partial = bool((workload.last_tokens < workload.block_size).any())
     short = np.zeros(n + 1 if partial else 0, np.int64)
     stack = new_stack(n)
@@ -106,12 +106,12 @@ def lru_curve(workload: Workload, semantics: str = "prefix", warmup: float = 0.0
     tokens = (read_only(workload.last_tokens), workload.block_size)
     largest, exact_from = 1, 1
     if semantics == "object":
-        args = (*chains, *tokens, skipped, hits, short, *stack)
+        args = (*chains, *tokens, skipped, counts, short, *stack)
         warm(object_kernel, args)
         begin = time.perf_counter()
         object_kernel(*args)
     elif workload.schedule is None:
-        args = (*chains, *prompts, *tokens, skipped, hits, short, *stack)
+        args = (*chains, *prompts, *tokens, skipped, counts, short, *stack)
         warm(import_kernel, args)
         begin = time.perf_counter()
         import_kernel(*args)
@@ -119,7 +119,7 @@ def lru_curve(workload: Workload, semantics: str = "prefix", warmup: float = 0.0
         pins = np.zeros(n, np.int32)
         events = read_only(workload.schedule)
         first_counted = _admission(events, skipped)
-        args = (*chains, *prompts, *tokens, events, first_counted, pins, hits, short, *stack)
+        args = (*chains, *prompts, *tokens, events, first_counted, pins, counts, short, *stack)
         warm(recorded_kernel, args)
         begin = time.perf_counter()
         exact_from = int(recorded_kernel(*args))
@@ -127,7 +127,7 @@ def lru_curve(workload: Workload, semantics: str = "prefix", warmup: float = 0.0
     if semantics == "prefix":
         largest = max(1, largest_request(chains[0], chains[1][workload.carried :], n))
         exact_from = max(exact_from, largest)
-    np.cumsum(hits, out=hits)
+    hits = np.cumsum(counts, dtype=np.int64)
     np.cumsum(short, out=short)
     requests, block_lookups, token_lookups = lookups(workload, semantics, skipped)
     return LruCurve(

@@ -1,8 +1,9 @@
 """One pass over a workload, one kernel per kind of it: how many blocks an LRU cache needs for each hit.
 
 Each adds up a histogram: `hits[c]` is the number of lookups that hit in a cache of c blocks and more, but in no smaller
-one; `short[c]` the tokens that those of them lack which are not full blocks. All arrays but these two and the
-stack's are only read; beside the references, memory grows with the number of distinct blocks alone.
+one; `short[c]` the tokens that those of them lack which are not full blocks. `hits` is uint32 where that can hold the
+number of references: it is written to at random, and half the memory is a tenth of the time. All arrays but these two
+and the stack's are only read; beside the references, memory grows with the number of distinct blocks alone.
 """
 
 from __future__ import annotations
@@ -10,18 +11,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from kvtrace_replay.curves.stack import (
-    IN_LINE,
-    LOW,
-    NEVER,
-    ONE,
-    WORD,
-    ZERO,
-    count_before,
-    open_line,
-    remove,
-)
+from kvtrace_replay.curves.stack import IN_LINE, NEVER, count_from, open_line, remove
 from kvtrace_replay.structures.machine import prefetch
+from kvtrace_replay.structures.slots import LOW, ONE, WORD, ZERO
 from kvtrace_traces.compile import njit
 
 U32 = npt.NDArray[np.uint32]
@@ -29,25 +21,26 @@ U64 = npt.NDArray[np.uint64]
 I16 = npt.NDArray[np.int16]
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
+Counts = U32 | I64
 
 # How many references ahead memory is asked for: first the slot of a block, then the bits around that slot.
-_SLOT_AHEAD, _BITS_AHEAD = 32, 16
+_SLOT_AHEAD, _BITS_AHEAD = 64, 24
 # Within a request, the slots are near already.
 _NEAR = 8
 # Of the next request that much is asked for early.
 _EARLY = 64
 # Counts wait so long for their place in the histogram to come near.
-_WAITING = np.uint64(16)
+_WAITING = np.uint64(64)
 
 
 @njit
 def object_kernel(
-    refs: I32, indptr: I64, last_tokens: I32, block_size: int, first_counted: int, hits: I64, short: I64,
-    last: U32, bits: U64, lines: I16, nodes: I32, areas: I64,
+    refs: I32, indptr: I64, last_tokens: I32, block_size: int, first_counted: int, hits: Counts, short: I64,
+    last: U32, bits: U64, lines: I16, nodes: I32, areas: I32,
 ) -> None:  # fmt: skip
     """`object` semantics: every reference is a lookup. Those of requests from `first_counted` on are counted; an
     empty `short` says that every block is full."""
-    now, live = ZERO, 0
+    now = ZERO
     n = refs.size
     waiting = np.zeros(_WAITING, np.int64)
     counted = ZERO
@@ -60,12 +53,10 @@ def object_kernel(
                 if ahead != NEVER:
                     prefetch(bits, np.intp(np.uint64(ahead) >> WORD))
             key = np.intp(np.uint32(refs[i]))
-            if last[key] == NEVER:
-                live += 1
-            else:
+            if last[key] != NEVER:
                 slot = np.uint64(last[key])
-                needed = live - count_before(slot, bits, lines, nodes, areas)
-                remove(slot >> WORD, ONE << (slot & LOW), 1, now, bits, lines, nodes, areas)
+                needed = count_from(slot, now, bits, lines, nodes, areas)
+                remove(slot >> WORD, ONE << (slot & LOW), 1, bits, lines, nodes, areas)
                 if r >= first_counted:
                     prefetch(hits, needed)
                     place = np.intp(counted % _WAITING)
@@ -79,17 +70,16 @@ def object_kernel(
             bits[now >> WORD] |= ONE << (now & LOW)
             now += ONE
             if now & IN_LINE == ZERO:
-                now = open_line(now, live, last, bits, lines, nodes, areas)
+                now = open_line(now, last, bits, lines, nodes, areas)
     for i in range(min(counted, _WAITING)):
         hits[waiting[i]] += 1
 
 
 @njit(cache=False, forceinline=True)
 def use_again(
-    refs: I32, start: int, stop: int, now: np.uint64, live: int,
-    last: U32, bits: U64, lines: I16, nodes: I32, areas: I64,
-) -> tuple[np.uint64, int]:  # fmt: skip
-    """Moves the blocks `refs[start:stop]` to the top of the stack, the tail first. Returns (now, live).
+    refs: I32, start: int, stop: int, now: np.uint64, last: U32, bits: U64, lines: I16, nodes: I32, areas: I32
+) -> np.uint64:  # fmt: skip
+    """Moves the blocks `refs[start:stop]` to the top of the stack, the tail first. Returns the next slot.
 
     Blocks that were used together last time have neighbouring slots: all of a word are removed at once.
     """
@@ -100,12 +90,10 @@ def use_again(
             if ahead != NEVER:
                 prefetch(bits, np.intp(np.uint64(ahead) >> WORD))
         key = np.intp(np.uint32(refs[p]))
-        if last[key] == NEVER:
-            live += 1
-        else:
+        if last[key] != NEVER:
             slot = np.uint64(last[key])
             if slot >> WORD != word and count:
-                remove(word, mask, count, now, bits, lines, nodes, areas)
+                remove(word, mask, count, bits, lines, nodes, areas)
                 mask, count = ZERO, 0
             word = slot >> WORD
             mask |= ONE << (slot & LOW)
@@ -115,18 +103,18 @@ def use_again(
         now += ONE
         if now & IN_LINE == ZERO:
             if count:
-                remove(word, mask, count, now - ONE, bits, lines, nodes, areas)
+                remove(word, mask, count, bits, lines, nodes, areas)
                 mask, count = ZERO, 0
-            now = open_line(now, live, last, bits, lines, nodes, areas)
+            now = open_line(now, last, bits, lines, nodes, areas)
     if count:
-        remove(word, mask, count, now, bits, lines, nodes, areas)
-    return now, live
+        remove(word, mask, count, bits, lines, nodes, areas)
+    return now
 
 
 @njit(cache=False, forceinline=True)
 def look_up(
-    refs: I32, start: int, stop: int, end: int, tokens_lacking: int, counted: bool, live: int, pinned: int, pins: I32,
-    hits: I64, short: I64, last: U32, bits: U64, lines: I16, nodes: I32, areas: I64,
+    refs: I32, start: int, stop: int, end: int, tokens_lacking: int, counted: bool, now: np.uint64, pinned: int,
+    pins: I32, hits: Counts, short: I64, last: U32, bits: U64, lines: I16, nodes: I32, areas: I32,
 ) -> None:  # fmt: skip
     """Counts the lookup of `refs[start:stop]`, the first blocks of a chain that ends at `end`.
 
@@ -148,7 +136,7 @@ def look_up(
                 if slot + np.uint32(1) == oldest:
                     deepest += 1  # used together last time: neighbours
                 else:
-                    deepest = pinned + live - count_before(np.uint64(slot), bits, lines, nodes, areas)
+                    deepest = pinned + count_from(np.uint64(slot), now, bits, lines, nodes, areas)
                 oldest = slot
         alike += 1
         if counted and short.size and p == end - 1:
@@ -160,11 +148,11 @@ def look_up(
 @njit
 def import_kernel(
     refs: I32, indptr: I64, prompt_blocks: I32, hit_cap: I32, last_tokens: I32, block_size: int, first_counted: int,
-    hits: I64, short: I64,
-    last: U32, bits: U64, lines: I16, nodes: I32, areas: I64,
+    hits: Counts, short: I64,
+    last: U32, bits: U64, lines: I16, nodes: I32, areas: I32,
 ) -> None:  # fmt: skip
     """`prefix` semantics where each request ends before the next begins."""
-    now, live = ZERO, 0
+    now = ZERO
     no_pins = np.zeros(0, np.int32)
     n = refs.size
     for r in range(indptr.size - 1):
@@ -174,19 +162,17 @@ def import_kernel(
         stop = start + min(prompt_blocks[r], hit_cap[r])
         lacking = block_size - last_tokens[r]
         look_up(
-            refs, start, stop, end, lacking, r >= first_counted, live, 0, no_pins,
+            refs, start, stop, end, lacking, r >= first_counted, now, 0, no_pins,
             hits, short, last, bits, lines, nodes, areas,
         )  # fmt: skip
-        now, live = use_again(
-            refs, start, end, now, live, last, bits, lines, nodes, areas
-        )  # fmt: skip
+        now = use_again(refs, start, end, now, last, bits, lines, nodes, areas)
 
 
 @njit
 def recorded_kernel(
     refs: I32, indptr: I64, prompt_blocks: I32, hit_cap: I32, last_tokens: I32, block_size: int,
-    events: I64, first_counted: int, pins: I32, hits: I64, short: I64,
-    last: U32, bits: U64, lines: I16, nodes: I32, areas: I64,
+    events: I64, first_counted: int, pins: I32, hits: Counts, short: I64,
+    last: U32, bits: U64, lines: I16, nodes: I32, areas: I32,
 ) -> int:  # fmt: skip
     """`prefix` semantics where requests overlap (`events` as in `prefix_driver`) and pin what they hold.
 
@@ -198,7 +184,7 @@ def recorded_kernel(
     distinct blocks so far) blocks at any time; which of the unpinned ones it has lost depends only on the order in
     which they were let go. So they are the top of the stack, as many as the pinned ones leave room for.
     """
-    now, live = ZERO, 0
+    now = ZERO
     pinned, most_pinned = 0, 0
     for e in range(events.size):
         if e + 1 < events.size:
@@ -213,7 +199,7 @@ def recorded_kernel(
             stop = start + min(prompt_blocks[r], hit_cap[r])
             lacking = block_size - last_tokens[r]
             look_up(
-                refs, start, stop, end, lacking, e >= first_counted, live, pinned, pins,
+                refs, start, stop, end, lacking, e >= first_counted, now, pinned, pins,
                 hits, short, last, bits, lines, nodes, areas,
             )  # fmt: skip
             taken_from, taken_to = start, middle
@@ -228,16 +214,14 @@ def recorded_kernel(
                     slot = np.uint64(last[key])
                     last[key] = NEVER
                     if slot >> WORD != word and count:
-                        remove(word, mask, count, now, bits, lines, nodes, areas)
-                        live -= count
+                        remove(word, mask, count, bits, lines, nodes, areas)
                         mask, count = ZERO, 0
                     word = slot >> WORD
                     mask |= ONE << (slot & LOW)
                     count += 1
             pins[key] += 1
         if count:
-            remove(word, mask, count, now, bits, lines, nodes, areas)
-            live -= count
+            remove(word, mask, count, bits, lines, nodes, areas)
         most_pinned = max(most_pinned, pinned)
         if events[e] < 0:
             for p in range(end - 1, start - 1, -1):
@@ -245,10 +229,9 @@ def recorded_kernel(
                 pins[key] -= 1
                 if pins[key] == 0:
                     pinned -= 1
-                    live += 1
                     last[key] = np.uint32(now)
                     bits[now >> WORD] |= ONE << (now & LOW)
                     now += ONE
                     if now & IN_LINE == ZERO:
-                        now = open_line(now, live, last, bits, lines, nodes, areas)
+                        now = open_line(now, last, bits, lines, nodes, areas)
     return most_pinned

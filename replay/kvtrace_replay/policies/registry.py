@@ -110,7 +110,7 @@ class Policy:
         needs_future: it looks at references still to come, which only an open loop knows.
         open_loop: it needs `begin`, which only an open loop calls.
         in_order: no use changes its order, so that imports need hold nothing (see `cache.prefix_driver`).
-        by_last_use: its victim is always the block used longest ago, so that imports can be replayed by time stamps
+        by_last_use: its victim is always the block used longest ago, so that time stamps can take the place of lists
             (see `cache.recency_driver`).
         semantics: those in which the rule makes sense.
         stand_in: by semantics, the policy that is run in its place: the same rule in other words.

@@ -10,14 +10,10 @@ begins, the finest first; the last level is one word.
 
 from __future__ import annotations
 
-from typing import Any
-
-import numba
 import numpy as np
 import numpy.typing as npt
-from numba.core import types
-from numba.extending import intrinsic
 
+from kvtrace_replay.structures.machine import leading_zeros
 from kvtrace_traces.compile import njit
 
 Words = npt.NDArray[np.uint64]
@@ -31,24 +27,6 @@ def new_bitset(n: int) -> tuple[Words, Starts]:
         sizes.append((sizes[-1] + 63) // 64)
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
     return np.zeros(sum(sizes), np.uint64), starts
-
-
-if numba.config.DISABLE_JIT:
-
-    def leading_zeros(word: Any) -> int:
-        return 64 - int(word).bit_length()
-
-else:
-
-    @intrinsic
-    def leading_zeros(typing_context: Any, word: Any) -> Any:
-        """Zero bits above the highest set bit of a uint64 (64 for 0): one machine instruction."""
-
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            zero_is_defined = context.get_constant(types.boolean, False)
-            return builder.ctlz(args[0], zero_is_defined)
-
-        return types.uint64(types.uint64), generate
 
 
 @njit(cache=False)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtrace_replay import Workload, replay, replay_requests
-from kvtrace_replay.cache import recency_driver
+from kvtrace_replay.structures import recency
 from kvtrace_traces.errors import UsageError
 from unit.replay.twins import make_workload, twin
 
@@ -94,8 +94,8 @@ def test_thousands_of_random_workloads(policy: str, semantics: str) -> None:
 
 @pytest.mark.parametrize("policy", ["lru", "vllm"])
 def test_an_import_is_replayed_by_time_stamps_as_by_its_events(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests that end before the next begins; with a warm-up, and a log so short that it is closed up often."""
-    monkeypatch.setattr(recency_driver, "_SLOTS_PER_BLOCK", 1)
+    """Requests that end before the next begins; with a warm-up, and so few slots that they often run out."""
+    monkeypatch.setattr(recency, "_SLOTS_PER_BLOCK", 1)
     rng = random.Random(f"stamps {policy}")
     evictions = 0
     for case in range(150):
@@ -118,6 +118,26 @@ def test_an_import_is_replayed_by_time_stamps_as_by_its_events(policy: str, monk
         assert (replay_requests(told, policy, capacity) == replay_requests(untold, policy, capacity)).all()
         evictions += rows[0]["evictions"]
     assert evictions > 1000
+
+
+def test_time_stamps_in_object_semantics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a warm-up, which drives the kernel twice, and so few slots that blocks are often numbered anew."""
+    monkeypatch.setattr(recency, "_SLOTS_PER_BLOCK", 1)
+    rng = random.Random("stamps")
+    evictions = 0
+    for case in range(200):
+        workload, _ = random_workload(rng)
+        if case % 2:
+            chains = [[rng.randrange(60) for _ in range(rng.randint(0, 9))] for _ in range(300)]
+            workload = make_workload(chains, last_tokens=[rng.randint(1, 16) for _ in chains])
+        capacity = rng.choice([1, 2, rng.randint(1, 50), math.inf])
+        check(workload, "lru", "object", capacity)
+        expected = twin(workload, "lru", capacity, "object")
+        share = rng.choice([0.3, 0.9])
+        (row,) = replay(workload, "lru", capacity, "object", warmup=share)
+        assert row["block_hits"] == sum(expected.hits[workload.skipped(share) :])
+        evictions += expected.evictions
+    assert evictions > 10_000
 
 
 @settings(max_examples=300, deadline=None)

@@ -128,8 +128,8 @@ print([r["block_hits"] for r in replay(make_workload([[0], [1], [0]]), {policies
 def test_drivers_are_kept_and_one_users_policy_harms_no_other_process(tmp_path: Path) -> None:
     tests = str(Path(__file__).parents[2])
     own = tmp_path / "own.py"
-    lru = Path(sys.modules["kvtrace_replay"].__path__[0]) / "policies" / "lru.py"
-    own.write_text(lru.read_text().replace('"lru"', '"own"'))
+    fifo = Path(sys.modules["kvtrace_replay"].__path__[0]) / "policies" / "fifo.py"
+    own.write_text(fifo.read_text().replace('"fifo"', '"own"'))
 
     def go(policies: list[str], *files: str) -> tuple[str, str]:
         done = subprocess.run(
@@ -139,11 +139,11 @@ def test_drivers_are_kept_and_one_users_policy_harms_no_other_process(tmp_path: 
         )  # fmt: skip
         return done.stdout.strip(), done.stderr
 
-    assert "compiling" in go(["lru"])[1]
-    assert go(["lru"]) == ("[1, 1]", "")
-    assert "compiling" in go(["own", "lru"], str(own))[1]
-    assert go(["lru"]) == ("[1, 1]", "")
-    assert go(["own", "lru"], str(own)) == ("[1, 1, 1, 1]", "")
+    assert "compiling" in go(["fifo"])[1]
+    assert go(["fifo"]) == ("[1, 1]", "")
+    assert "compiling" in go(["own", "fifo"], str(own))[1]
+    assert go(["fifo"]) == ("[1, 1]", "")
+    assert go(["own", "fifo"], str(own)) == ("[1, 1, 1, 1]", "")
 
 
 def test_without_the_compiler(tmp_path: Path) -> None:

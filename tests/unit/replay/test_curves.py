@@ -20,7 +20,7 @@ from kvtrace_replay import Workload, replay
 from kvtrace_replay.curves.lru import LruCurve, largest_request, lru_curve
 from kvtrace_replay.curves.lru_kernels import import_kernel, object_kernel
 from kvtrace_replay.curves.points import Exact, spread
-from kvtrace_replay.curves.stack import SLOTS_PER_AREA, count_before, new_stack
+from kvtrace_replay.curves.stack import SLOTS_PER_AREA, count_from, new_stack
 from kvtrace_traces.compile import njit
 from kvtrace_traces.errors import UsageError
 from unit.replay.test_against_twins import random_workload
@@ -283,7 +283,7 @@ def test_several_areas_of_slots() -> None:
     n = int(refs.max()) + 1
     assert 3 * n > SLOTS_PER_AREA
     requests = np.arange(0, refs.size + 1, 50, dtype=np.int64)
-    hits, none = np.zeros(n + 1, np.int64), np.zeros(0, np.int64)
+    hits, none = np.zeros(n + 1, np.uint32), np.zeros(0, np.int64)
     object_kernel(refs, requests, np.full(requests.size - 1, 16, np.int32), 16, 0, hits, none, *new_stack(n))
     assert (hits == fenwick(refs, n)).all()
 
@@ -305,7 +305,7 @@ def test_long_chains(slots_per_block: int) -> None:
     bounds = np.cumsum([0, *(chain.size for chain in chains)])
     workload = make_workload([inverse[a:b].tolist() for a, b in pairwise(bounds)])
     n = workload.n_identities
-    hits, none = np.zeros(n + 1, np.int64), np.zeros(0, np.int64)
+    hits, none = np.zeros(n + 1, np.uint32), np.zeros(0, np.int64)
     import_kernel(
         workload.identities, workload.indptr, workload.prompt_blocks, workload.hit_cap, workload.last_tokens, 16, 0,
         hits, none, *new_stack(n, slots_per_block),
@@ -326,13 +326,8 @@ def test_long_chains(slots_per_block: int) -> None:
     assert {row["pin_overflow_requests"] for row in rows} == {0}
 
 
-@compiled_only
-@pytest.mark.parametrize("slots_per_block", [1, 2])
-def test_a_rank_at_every_level(slots_per_block: int) -> None:
-    """Live slots in several areas, some removed, once renumbered and once not: ranks against a running sum."""
-    n = 2 * SLOTS_PER_AREA + 12_345
-    rng = np.random.default_rng(4)
-    refs = np.concatenate([np.arange(n), rng.integers(0, n, 50_000)]).astype(np.int32)
+def check_ranks(refs: I32, n: int, slots_per_block: int) -> None:
+    """Ranks after `refs` against a running sum over all slots."""
     stack = new_stack(n, slots_per_block)
     indptr = np.array([0, refs.size])
     object_kernel(refs, indptr, np.array([1], np.int32), 1, 0, np.zeros(n + 1, np.int64), np.zeros(0, np.int64), *stack)
@@ -340,9 +335,28 @@ def test_a_rank_at_every_level(slots_per_block: int) -> None:
     live = np.unpackbits(bits.view(np.uint8), bitorder="little").astype(np.int64)
     assert live.sum() == n
     assert (live[last.astype(np.int64)] == 1).all()
-    before = np.cumsum(live) - live
-    for key in rng.integers(0, n, 3000):
-        assert count_before(np.uint64(last[key]), bits, *counts) == before[last[key]]
+    from_here = live[::-1].cumsum()[::-1]
+    now = np.uint64(last.max() + 1)
+    for key in np.random.default_rng(5).integers(0, n, 3000):
+        assert count_from(np.uint64(last[key]), now, bits, *counts) == from_here[last[key]]
+
+
+@compiled_only
+@pytest.mark.parametrize("slots_per_block", [1, 2])
+def test_a_rank_at_every_level(slots_per_block: int) -> None:
+    """Live slots in several areas, some removed, once renumbered and once not."""
+    n = 2 * SLOTS_PER_AREA + 12_345
+    refs = np.concatenate([np.arange(n), np.random.default_rng(4).integers(0, n, 50_000)]).astype(np.int32)
+    check_ranks(refs, n, slots_per_block)
+
+
+@compiled_only
+def test_a_rank_over_more_areas_than_a_row_has() -> None:
+    """Some blocks were used last in the midst of the first row of areas, the others at the start of the second."""
+    n, row = 3000, 32 * SLOTS_PER_AREA
+    often = np.random.default_rng(6).integers(0, n - 1000, row + 3_000_000)
+    refs = np.insert(often.astype(np.int32), row // 2, np.arange(n, dtype=np.int32))
+    check_ranks(refs, n, -(-refs.size // n))
 
 
 @compiled_only
