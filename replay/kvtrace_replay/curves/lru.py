@@ -22,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvtrace_replay.capacity import distinct_blocks
-from kvtrace_replay.curves.lru_kernels import import_kernel, object_kernel, recorded_kernel
+from kvtrace_replay.curves.lru_kernels import import_kernel, recorded_kernel
+from kvtrace_replay.curves.parts import ObjectCurve, parts_for
 from kvtrace_replay.curves.stack import new_stack
 from kvtrace_replay.workload.model import Workload
 from kvtrace_traces.compile import njit, warm
@@ -85,7 +86,8 @@ class LruCurve:
 def lru_curve(workload: Workload, semantics: str = "prefix", warmup: float = 0.0) -> LruCurve:
     """The curve of `workload`; `warmup`, a share of the requests, fills the cache and is not counted.
 
-    Memory beside the workload: about 13 bytes per distinct block, 21 where last blocks are not full.
+    Memory beside the workload: about 17 bytes per distinct block, 25 where last blocks are not full; as much again for
+    each further core that a large workload in object semantics is spread over.
     Raises KvtraceError for an invalid workload, UsageError for other semantics than "object" and "prefix" and for a
     warm-up that is no share.
     """
@@ -100,18 +102,16 @@ def lru_curve(workload: Workload, semantics: str = "prefix", warmup: float = 0.0
     counts: npt.NDArray[Any] = np.zeros(n + 1, np.uint32 if workload.n_refs < 2**32 else np.int64)
     partial = bool((workload.last_tokens < workload.block_size).any())
     short = np.zeros(n + 1 if partial else 0, np.int64)
-    stack = new_stack(n)
     chains = (read_only(references(workload, semantics)), read_only(workload.indptr))
     prompts = (read_only(workload.prompt_blocks), read_only(workload.hit_cap))
     tokens = (read_only(workload.last_tokens), workload.block_size)
     largest, exact_from = 1, 1
     if semantics == "object":
-        args = (*chains, *tokens, skipped, counts, short, *stack)
-        warm(object_kernel, args)
+        curve = ObjectCurve(*chains, *tokens, skipped, n, partial, parts_for(workload.n_refs, n))
         begin = time.perf_counter()
-        object_kernel(*args)
+        counts, short = curve.run()
     elif workload.schedule is None:
-        args = (*chains, *prompts, *tokens, skipped, counts, short, *stack)
+        args = (*chains, *prompts, *tokens, skipped, counts, short, *new_stack(n))
         warm(import_kernel, args)
         begin = time.perf_counter()
         import_kernel(*args)
@@ -119,7 +119,7 @@ def lru_curve(workload: Workload, semantics: str = "prefix", warmup: float = 0.0
         pins = np.zeros(n, np.int32)
         events = read_only(workload.schedule)
         first_counted = _admission(events, skipped)
-        args = (*chains, *prompts, *tokens, events, first_counted, pins, counts, short, *stack)
+        args = (*chains, *prompts, *tokens, events, first_counted, pins, counts, short, *new_stack(n))
         warm(recorded_kernel, args)
         begin = time.perf_counter()
         exact_from = int(recorded_kernel(*args))

@@ -8,6 +8,8 @@ and the stack's are only read; beside the references, memory grows with the numb
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -35,19 +37,28 @@ _WAITING = np.uint64(64)
 
 @njit
 def object_kernel(
-    refs: I32, indptr: I64, last_tokens: I32, block_size: int, first_counted: int, hits: Counts, short: I64,
+    refs: I32, indptr: I64, last_tokens: I32, block_size: int, first: int, end_request: int, first_counted: int,
+    firsts: I32, lacking: I32, hits: Counts, short: I64,
     last: U32, bits: U64, lines: I16, nodes: I32, areas: I32,
-) -> None:  # fmt: skip
-    """`object` semantics: every reference is a lookup. Those of requests from `first_counted` on are counted; an
-    empty `short` says that every block is full."""
+) -> tuple[int, int, Any]:  # fmt: skip
+    """`object` semantics, for the requests `first` to `end_request` - 1: every reference is a lookup. Those of requests
+    from `first_counted` on are counted; an empty `short` says that every block is full.
+
+    Writes the blocks that were not used before to `firsts`, in order, if it has room at all, and to `lacking`, where
+    there is `short`, the tokens that such a reference lacks to a full block. Returns (how many blocks there are, how
+    many of them before the first request that counts, the next slot).
+    """
     now = ZERO
-    n = refs.size
+    stop = indptr[end_request]
     waiting = np.zeros(_WAITING, np.int64)
     counted = ZERO
-    for r in range(indptr.size - 1):
+    found, uncounted = 0, 0
+    for r in range(first, end_request):
         end = indptr[r + 1]
+        if r == first_counted:
+            uncounted = found
         for i in range(indptr[r], end):
-            if i + _SLOT_AHEAD < n:
+            if i + _SLOT_AHEAD < stop:
                 prefetch(last, np.intp(np.uint32(refs[i + _SLOT_AHEAD])))
                 ahead = last[np.intp(np.uint32(refs[i + _BITS_AHEAD]))]
                 if ahead != NEVER:
@@ -66,6 +77,11 @@ def object_kernel(
                     counted += ONE
                     if short.size and i == end - 1:
                         short[needed] += block_size - last_tokens[r]
+            elif firsts.size:
+                firsts[found] = key
+                if short.size:
+                    lacking[found] = block_size - last_tokens[r] if i == end - 1 else 0
+                found += 1
             last[key] = np.uint32(now)
             bits[now >> WORD] |= ONE << (now & LOW)
             now += ONE
@@ -73,6 +89,48 @@ def object_kernel(
                 now = open_line(now, last, bits, lines, nodes, areas)
     for i in range(min(counted, _WAITING)):
         hits[waiting[i]] += 1
+    return found, (uncounted if first_counted < end_request else found), np.int64(now)
+
+
+@njit
+def earlier_kernel(
+    keys: I32, above: I32, lacking: I32, uncounted: int, blocks: int, next_slot: int, hits: Counts, short: I64,
+    last: U32, bits: U64, lines: I16, nodes: I32, areas: I32,
+) -> tuple[int, int]:  # fmt: skip
+    """Looks `keys`, the blocks that a later part of the references uses for the first time, up in the stack of an
+    earlier part, which has `blocks` blocks and `next_slot` as its next one, and takes those that it finds out of it.
+
+    `above`: how many other blocks were used since that earlier part, before each of `keys`. The first `uncounted` are
+    not counted. What the stack does not have is left at the front of `keys`, `above` and `lacking`, to be looked up in
+    the stack of the part before; returns (how many that is, how many of them are not counted).
+    """
+    now = np.uint64(next_slot)
+    left, left_uncounted = 0, 0
+    n = keys.size
+    for i in range(n):
+        if i + _SLOT_AHEAD < n:
+            prefetch(last, np.intp(np.uint32(keys[i + _SLOT_AHEAD])))
+            ahead = last[np.intp(np.uint32(keys[i + _BITS_AHEAD]))]
+            if ahead != NEVER:
+                prefetch(bits, np.intp(np.uint64(ahead) >> WORD))
+        key = np.intp(np.uint32(keys[i]))
+        if last[key] != NEVER:
+            slot = np.uint64(last[key])
+            needed = np.int64(above[i]) + count_from(slot, now, bits, lines, nodes, areas)
+            remove(slot >> WORD, ONE << (slot & LOW), 1, bits, lines, nodes, areas)
+            last[key] = NEVER
+            blocks -= 1
+            if i >= uncounted:
+                hits[needed] += 1
+                if short.size:
+                    short[needed] += lacking[i]
+        else:
+            keys[left], above[left] = key, above[i] + blocks
+            if short.size:
+                lacking[left] = lacking[i]
+            left += 1
+            left_uncounted += 1 if i < uncounted else 0
+    return left, left_uncounted
 
 
 @njit(cache=False, forceinline=True)

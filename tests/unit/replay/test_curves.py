@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numba
 import numpy as np
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from kvtrace_replay import Workload, replay
 from kvtrace_replay.curves.lru import LruCurve, largest_request, lru_curve
 from kvtrace_replay.curves.lru_kernels import import_kernel, object_kernel
+from kvtrace_replay.curves.parts import ObjectCurve
 from kvtrace_replay.curves.points import Exact, spread
 from kvtrace_replay.curves.stack import SLOTS_PER_AREA, count_from, new_stack
 from kvtrace_traces.compile import njit
@@ -264,6 +266,12 @@ def zipf(n_refs: int, n_objects: int, alpha: float, seed: int) -> I32:
     return ids
 
 
+def run_kernel(refs: I32, indptr: I64, hits: npt.NDArray[Any], stack: tuple[Any, ...]) -> None:
+    """The kernel alone, over all requests, whose blocks are full."""
+    full, none = np.full(indptr.size - 1, 16, np.int32), np.zeros(0, np.int32)
+    object_kernel(refs, indptr, full, 16, 0, indptr.size - 1, 0, none, none, hits, none.astype(np.int64), *stack)
+
+
 @compiled_only
 @pytest.mark.parametrize("slots_per_block", [1, 2, 4])
 @pytest.mark.parametrize(("n_refs", "n_objects", "alpha"), [(30_000, 600, 0.5), (300_000, 50_000, 0.8)])
@@ -271,10 +279,49 @@ def test_against_a_fenwick_tree(n_refs: int, n_objects: int, alpha: float, slots
     refs = zipf(n_refs, n_objects, alpha, n_objects)
     n = int(refs.max()) + 1
     hits = np.zeros(n + 1, np.int64)
-    none = np.zeros(0, np.int64)
     indptr = np.array([0, refs.size // 3, refs.size])
-    object_kernel(refs, indptr, np.array([16, 16], np.int32), 16, 0, hits, none, *new_stack(n, slots_per_block))
+    run_kernel(refs, indptr, hits, new_stack(n, slots_per_block))
     assert hits.tolist() == fenwick(refs, n).tolist()
+
+
+@compiled_only
+def test_parts_of_the_references_are_as_the_whole() -> None:
+    """Any number of parts, also empty ones; last blocks that are not full, and a warm-up that ends in any part."""
+    rng = np.random.default_rng(8)
+    beyond = 0
+    for case in range(150):
+        n = int(rng.integers(1, 400))
+        lengths = rng.integers(0, 30, int(rng.integers(1, 200)))
+        indptr = np.append(0, np.cumsum(lengths)).astype(np.int64)
+        # High numbers are rare, so that their last use often lies several parts back.
+        refs = rng.integers(0, rng.integers(1, n + 1, 1 + indptr[-1])[: indptr[-1]], dtype=np.int32)
+        last = rng.integers(1, 17, lengths.size).astype(np.int32)
+        counted = int(rng.integers(0, lengths.size + 1)) if case % 2 else 0
+        partial = case % 3 > 0
+        if not partial:
+            last[:] = 16
+        whole, *others = (
+            ObjectCurve(refs, indptr, last, 16, counted, n, partial, parts).run() for parts in (1, 2, 3, 5, 9)
+        )
+        if not counted:
+            assert whole[0].tolist() == fenwick(refs, n).tolist()
+        for hits, short in others:
+            assert hits.tolist() == whole[0].tolist()
+            assert short.tolist() == whole[1].tolist()
+        beyond += int(whole[0][n // 2 :].sum())
+    assert beyond > 10_000
+
+
+def test_a_large_workload_is_spread_over_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(3)
+    workloads = [random_workload(rng)[0] for _ in range(60)]
+    alone = [lru_curve(workload, "object", 0.2) for workload in workloads]
+    for name, value in (("cores", lambda: 3), ("_LEAST_REFS", 1), ("_LEAST_REFS_PER_BLOCK", 0)):
+        monkeypatch.setattr(f"kvtrace_replay.curves.parts.{name}", value)
+    for workload, one in zip(workloads, alone, strict=True):
+        spread_out = lru_curve(workload, "object", 0.2)
+        assert spread_out.hits.tolist() == one.hits.tolist()
+        assert spread_out.short_tokens.tolist() == one.short_tokens.tolist()
 
 
 @compiled_only
@@ -283,8 +330,8 @@ def test_several_areas_of_slots() -> None:
     n = int(refs.max()) + 1
     assert 3 * n > SLOTS_PER_AREA
     requests = np.arange(0, refs.size + 1, 50, dtype=np.int64)
-    hits, none = np.zeros(n + 1, np.uint32), np.zeros(0, np.int64)
-    object_kernel(refs, requests, np.full(requests.size - 1, 16, np.int32), 16, 0, hits, none, *new_stack(n))
+    hits = np.zeros(n + 1, np.uint32)
+    run_kernel(refs, requests, hits, new_stack(n))
     assert (hits == fenwick(refs, n)).all()
 
 
@@ -330,7 +377,7 @@ def check_ranks(refs: I32, n: int, slots_per_block: int) -> None:
     """Ranks after `refs` against a running sum over all slots."""
     stack = new_stack(n, slots_per_block)
     indptr = np.array([0, refs.size])
-    object_kernel(refs, indptr, np.array([1], np.int32), 1, 0, np.zeros(n + 1, np.int64), np.zeros(0, np.int64), *stack)
+    run_kernel(refs, indptr, np.zeros(n + 1, np.int64), stack)
     last, bits, *counts = stack
     live = np.unpackbits(bits.view(np.uint8), bitorder="little").astype(np.int64)
     assert live.sum() == n
