@@ -35,6 +35,16 @@ _EARLY = 64
 _WAITING = np.uint64(64)
 
 
+@njit(cache=False, forceinline=True)
+def _ask_early(keys: I32, i: Any, stop: Any, last: U32, bits: U64) -> None:
+    """Brings near what the references behind `keys[i]`, but none from `stop` on, will need."""
+    if i + _SLOT_AHEAD < stop:
+        prefetch(last, np.intp(np.uint32(keys[i + _SLOT_AHEAD])))
+        ahead = last[np.intp(np.uint32(keys[i + _BITS_AHEAD]))]
+        if ahead != NEVER:
+            prefetch(bits, np.intp(np.uint64(ahead) >> WORD))
+
+
 @njit
 def object_kernel(
     refs: I32, indptr: I64, last_tokens: I32, block_size: int, first: int, end_request: int, first_counted: int,
@@ -58,11 +68,7 @@ def object_kernel(
         if r == first_counted:
             uncounted = found
         for i in range(indptr[r], end):
-            if i + _SLOT_AHEAD < stop:
-                prefetch(last, np.intp(np.uint32(refs[i + _SLOT_AHEAD])))
-                ahead = last[np.intp(np.uint32(refs[i + _BITS_AHEAD]))]
-                if ahead != NEVER:
-                    prefetch(bits, np.intp(np.uint64(ahead) >> WORD))
+            _ask_early(refs, i, stop, last, bits)
             key = np.intp(np.uint32(refs[i]))
             if last[key] != NEVER:
                 slot = np.uint64(last[key])
@@ -108,11 +114,7 @@ def earlier_kernel(
     left, left_uncounted = 0, 0
     n = keys.size
     for i in range(n):
-        if i + _SLOT_AHEAD < n:
-            prefetch(last, np.intp(np.uint32(keys[i + _SLOT_AHEAD])))
-            ahead = last[np.intp(np.uint32(keys[i + _BITS_AHEAD]))]
-            if ahead != NEVER:
-                prefetch(bits, np.intp(np.uint64(ahead) >> WORD))
+        _ask_early(keys, i, n, last, bits)
         key = np.intp(np.uint32(keys[i]))
         if last[key] != NEVER:
             slot = np.uint64(last[key])
