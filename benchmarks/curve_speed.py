@@ -3,20 +3,14 @@
 Prints one line a kind of workload: references a second in the kernel, best of five, one thread. `object`: a
 reference a request, and 16. `prefix`: requests of 16 references; and conversations, whose prompts are the ones
 before and 16 blocks more, as served chats have them. `--fenwick` adds a Fenwick tree over the same stream.
-
-`--mapped FOLDER` instead writes the references to a file there (4 bytes each, removed afterwards) and reads them
-through a map: prints the speed and the memory of the process, with and without the pages of the file.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import re
-import tempfile
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from replay_speed import zipf_stream
@@ -136,30 +130,6 @@ def report_fenwick(ids: np.ndarray) -> None:
     print(f"{'a Fenwick tree':36}: {ids.size / min(times) / 1e6:7.1f} M/s")
 
 
-def report_mapped(folder: Path, n_refs: int, n_objects: int) -> None:
-    """Log-uniform ids, whose frequencies fall as 1 / rank; 1000 references a request."""
-    rng = np.random.default_rng(0)
-    with tempfile.NamedTemporaryFile(dir=folder, suffix=".refs") as file:
-        for start in range(0, n_refs, 10_000_000):
-            drawn = np.exp(
-                rng.random(min(10_000_000, n_refs - start), np.float32) * np.log(n_objects + 1, dtype=np.float32)
-            )
-            np.minimum(drawn.astype(np.int32) - 1, n_objects - 1).tofile(file)
-        file.flush()
-        ids = np.memmap(file.name, np.int32, "r")
-        workload = requests_of(ids, np.full(n_refs // 1000, 1000))
-        for semantics in ("object", "prefix"):
-            begin = time.thread_time()
-            curve = lru_curve(workload, semantics)
-            whole = time.thread_time() - begin
-            status = Path("/proc/self/status").read_text()
-            most, own = (int(re.findall(rf"{name}:\s+(\d+)", status)[0]) / 2**20 for name in ("VmHWM", "RssAnon"))
-            print(
-                f"{semantics}, mapped: {n_refs / curve.seconds / 1e6:.1f} M/s in the kernel, {whole:.1f} s of a core "
-                f"with checks; {curve.distinct_blocks} blocks, {most:.2f} GiB at most, {own:.2f} GiB not of the file"
-            )
-
-
 def report(name: str, workload: Workload, semantics: str) -> None:
     curves = [lru_curve(workload, semantics) for _ in range(5)]
     speed = workload.n_refs / min(curve.seconds for curve in curves) / 1e6
@@ -172,10 +142,7 @@ def main() -> None:
     parser.add_argument("--objects", type=int, default=1_000_000)
     parser.add_argument("--alpha", type=float, default=1.0)
     parser.add_argument("--fenwick", action="store_true", help="time a Fenwick tree, too")
-    parser.add_argument("--mapped", type=Path, metavar="FOLDER", help="references in a file there, not in memory")
     options = parser.parse_args()
-    if options.mapped:
-        return report_mapped(options.mapped, options.refs, options.objects)
     ids = zipf_stream(options.refs, options.objects, options.alpha)
     print(f"{ids.size} references, {int(ids.max()) + 1} objects, {os.cpu_count()} cores")
     if options.fenwick:

@@ -57,10 +57,10 @@ def object_recency_driver(
     evicted = np.int64(0)
     tail, now = np.uint64(at[TAIL]), np.uint64(at[NOW])
     for r in range(first, last):
-        if too_few(indptr[r + 1] - indptr[r], now, bits):
-            tail, now = ONE, make_slots(tail, stamps, bits)
         hits, hit = np.int64(0), np.int64(0)
         for i in range(indptr[r], indptr[r + 1]):
+            if too_few(1, now, bits):
+                tail, now = ONE, make_slots(tail, stamps, bits)
             if i + _AHEAD < refs.size:
                 prefetch(stamps, np.intp(np.uint32(refs[i + _AHEAD])))
             key = np.intp(np.uint32(refs[i]))

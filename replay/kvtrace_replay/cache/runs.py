@@ -157,7 +157,8 @@ def _drive(
     entry = entry.within(stream.semantics)
     # More room than there are blocks changes nothing; state sized by the capacity then stays small.
     blocks = int(min(capacity, max(1, stream.n_identities)))
-    in_imports = stream.semantics == "prefix" and not run.concurrent
+    # What a cut carries in may need more than the cache has.
+    in_imports = stream.semantics == "prefix" and not run.concurrent and not run.carried
     if entry.by_last_use and entry.uses == 1 and (in_imports or stream.semantics == "object"):
         return _drive_by_recency(run, blocks)
     state = entry.state(stream, blocks)
@@ -208,8 +209,7 @@ def _drive_by_recency(
     n = stream.prompt_blocks.size
     hits = np.zeros(n, np.int64)
     totals = np.zeros(N_TOTALS, np.int64)
-    longest = int(np.diff(stream.indptr).max(initial=0))
-    order = new_recency(stream.n_identities, stream.refs.size, longest)
+    order = new_recency(stream.n_identities, stream.refs.size, max(1, run.longest_chain))
     before: tuple[Any, ...] = (stream.refs, stream.indptr, run.last_tokens, run.block_size)
     driver: Any
     if stream.semantics == "object":

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvtrace_replay.capacity import distinct_blocks
-from kvtrace_replay.curves.lru_kernels import import_kernel, recorded_kernel
+from kvtrace_replay.curves.lru_kernels import import_kernel, new_counts, recorded_kernel
 from kvtrace_replay.curves.parts import ObjectCurve, parts_for
 from kvtrace_replay.curves.stack import new_stack
 from kvtrace_replay.workload.model import Workload
@@ -86,7 +86,7 @@ class LruCurve:
 def lru_curve(workload: Workload, semantics: str = "prefix", warmup: float = 0.0) -> LruCurve:
     """The curve of `workload`; `warmup`, a share of the requests, fills the cache and is not counted.
 
-    Memory beside the workload: about 17 bytes per distinct block, 25 where last blocks are not full; as much again for
+    Memory beside the workload: about 17 bytes per distinct block, 25 where last blocks are not full; 13 and 25 more for
     each further core that a large workload in object semantics is spread over.
     Raises KvtraceError for an invalid workload, UsageError for other semantics than "object" and "prefix" and for a
     warm-up that is no share.
@@ -99,9 +99,7 @@ def lru_curve(workload: Workload, semantics: str = "prefix", warmup: float = 0.0
     n = distinct_blocks(workload, semantics)
     skipped = workload.skipped(warmup)
     args: tuple[Any, ...]
-    counts: npt.NDArray[Any] = np.zeros(n + 1, np.uint32 if workload.n_refs < 2**32 else np.int64)
     partial = bool((workload.last_tokens < workload.block_size).any())
-    short = np.zeros(n + 1 if partial else 0, np.int64)
     chains = (read_only(references(workload, semantics)), read_only(workload.indptr))
     prompts = (read_only(workload.prompt_blocks), read_only(workload.hit_cap))
     tokens = (read_only(workload.last_tokens), workload.block_size)
@@ -111,11 +109,13 @@ def lru_curve(workload: Workload, semantics: str = "prefix", warmup: float = 0.0
         begin = time.perf_counter()
         counts, short = curve.run()
     elif workload.schedule is None:
+        counts, short = new_counts(n, workload.n_refs, partial)
         args = (*chains, *prompts, *tokens, skipped, counts, short, *new_stack(n))
         warm(import_kernel, args)
         begin = time.perf_counter()
         import_kernel(*args)
     else:
+        counts, short = new_counts(n, workload.n_refs, partial)
         pins = np.zeros(n, np.int32)
         events = read_only(workload.schedule)
         first_counted = _admission(events, skipped)
@@ -127,7 +127,8 @@ def lru_curve(workload: Workload, semantics: str = "prefix", warmup: float = 0.0
     if semantics == "prefix":
         largest = max(1, largest_request(chains[0], chains[1][workload.carried :], n))
         exact_from = max(exact_from, largest)
-    hits = np.cumsum(counts, dtype=np.int64)
+    hits = counts.astype(np.int64)
+    np.cumsum(hits, out=hits)  # with a dtype, it would copy its input once more
     np.cumsum(short, out=short)
     requests, block_lookups, token_lookups = lookups(workload, semantics, skipped)
     return LruCurve(

@@ -2,8 +2,8 @@
 
 Each adds up a histogram: `hits[c]` is the number of lookups that hit in a cache of c blocks and more, but in no smaller
 one; `short[c]` the tokens that those of them lack which are not full blocks. `hits` is uint32 where that can hold the
-number of references: it is written to at random, and half the memory is a tenth of the time. All arrays but these two
-and the stack's are only read; beside the references, memory grows with the number of distinct blocks alone.
+number of references: it is written to at random, and half the memory is a tenth of the time. What is
+given of the workload is only read; beside it, memory grows with the number of distinct blocks alone.
 """
 
 from __future__ import annotations
@@ -35,6 +35,12 @@ _EARLY = 64
 _WAITING = np.uint64(64)
 
 
+def new_counts(n_identities: int, n_refs: int, partial: bool) -> tuple[npt.NDArray[Any], I64]:
+    """(hits, short) before any of `n_refs` lookups; `partial`: there are blocks that are not full."""
+    hits = np.zeros(n_identities + 1, np.uint32 if n_refs < 2**32 else np.int64)
+    return hits, np.zeros(n_identities + 1 if partial else 0, np.int64)
+
+
 @njit(cache=False, forceinline=True)
 def _ask_early(keys: I32, i: Any, stop: Any, last: U32, bits: U64) -> None:
     """Brings near what the references behind `keys[i]`, but none from `stop` on, will need."""
@@ -55,8 +61,8 @@ def object_kernel(
     from `first_counted` on are counted; an empty `short` says that every block is full.
 
     Writes the blocks that were not used before to `firsts`, in order, if it has room at all, and to `lacking`, where
-    there is `short`, the tokens that such a reference lacks to a full block. Returns (how many blocks there are, how
-    many of them before the first request that counts, the next slot).
+    there is `short`, the tokens that such a reference lacks to a full block. Returns (how many it wrote, how many
+    of them before the first request that counts, the next slot).
     """
     now = ZERO
     stop = indptr[end_request]

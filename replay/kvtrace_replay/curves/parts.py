@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvtrace_replay.cores import cores
-from kvtrace_replay.curves.lru_kernels import earlier_kernel, object_kernel
+from kvtrace_replay.curves.lru_kernels import earlier_kernel, new_counts, object_kernel
 from kvtrace_replay.curves.stack import NEVER, new_stack
 from kvtrace_traces.compile import warm
 
@@ -33,7 +33,7 @@ def parts_for(n_refs: int, n_identities: int) -> int:
 
 
 class ObjectCurve:
-    """The work on one workload. Making it compiles what is needed; `run` does it."""
+    """The work on one workload. Making it compiles what is needed; `run` does it, once."""
 
     def __init__(
         self, refs: I32, indptr: I64, last_tokens: I32, block_size: int, first_counted: int, n_identities: int,
@@ -41,14 +41,13 @@ class ObjectCurve:
     ) -> None:  # fmt: skip
         """`refs`, `indptr`, `last_tokens`: of the workload. `first_counted`: the first request that counts. `partial`:
         whether there are blocks that are not full."""
-        bounds = np.linspace(0, indptr[-1], parts + 1)[1:-1]
-        self._bounds = [0, *np.searchsorted(indptr, bounds).tolist(), indptr.size - 1]
+        # A part has whole requests, so there may be fewer of them.
+        inner = np.searchsorted(indptr, np.linspace(0, indptr[-1], parts + 1)[1:-1])
+        self._bounds = np.unique([0, *inner, indptr.size - 1]).tolist() if indptr.size > 1 else [0, 0]
+        parts = len(self._bounds) - 1
         self._workload = (refs, indptr, last_tokens, block_size)
         self._first_counted = first_counted
-        size = n_identities + 1
-        counts = np.uint32 if refs.size < 2**32 else np.int64
-        self._hits: list[npt.NDArray[Any]] = [np.zeros(size, counts) for _ in range(parts)]
-        self._short = [np.zeros(size if partial else 0, np.int64) for _ in range(parts)]
+        self._counts = [new_counts(n_identities, refs.size, partial) for _ in range(parts)]
         listed = n_identities if parts > 1 else 0
         self._firsts = [np.empty(listed if part else 0, np.int32) for part in range(parts)]
         self._lacking = [np.empty(listed if part and partial else 0, np.int32) for part in range(parts)]
@@ -56,12 +55,12 @@ class ObjectCurve:
         warm(object_kernel, self._arguments(0))
         if parts > 1:
             none = np.empty(0, np.int32)
-            warm(earlier_kernel, (none, none, none, 0, 0, 0, self._hits[0], self._short[0], *self._stacks[0]))
+            warm(earlier_kernel, (none, none, none, 0, 0, 0, *self._counts[0], *self._stacks[0]))
 
     def _arguments(self, part: int) -> tuple[Any, ...]:
         return (
             *self._workload, self._bounds[part], self._bounds[part + 1], self._first_counted,
-            self._firsts[part], self._lacking[part], self._hits[part], self._short[part], *self._stacks[part],
+            self._firsts[part], self._lacking[part], *self._counts[part], *self._stacks[part],
         )  # fmt: skip
 
     def run(self) -> tuple[npt.NDArray[Any], I64]:
@@ -69,7 +68,7 @@ class ObjectCurve:
         parts = range(len(self._stacks))
         with ThreadPoolExecutor(len(parts)) as pool:
             done = list(pool.map(lambda part: object_kernel(*self._arguments(part)), parts))
-        hits, short = self._hits[0], self._short[0]
+        hits, short = self._counts[0]
         blocks = [int((stack[0] != NEVER).sum()) for stack in self._stacks]
         for part in parts[1:]:
             found, uncounted, _ = done[part]
@@ -82,6 +81,7 @@ class ObjectCurve:
                 )  # fmt: skip
                 blocks[earlier] -= keys.size - left
                 keys, above, lacking, uncounted = keys[:left], above[:left], lacking[:left], uncounted_left
-            hits += self._hits[part]
-            short += self._short[part]
+            hits += self._counts[part][0]
+            short += self._counts[part][1]
+        self._stacks.clear()
         return hits, short

@@ -11,7 +11,7 @@ rank, and what makes it fast is where the counting stops:
 
 A rank adds up what lies behind the slot in its line, its node, its area and among all areas: some vector instructions
 each, without branches. A removal lowers one number a level. Slots are taken in order, and a line counts as full of live
-slots once its first one is taken, so that taking one sets a bit and no more; a rank takes off those still to come.
+slots as soon as its first one is next, so that taking one sets a bit and no more; a rank takes off those still to come.
 When the slots run out, live ones are renumbered from 0: with three slots a block this happens so rarely that it costs
 little.
 
@@ -34,7 +34,7 @@ import numpy.typing as npt
 
 from kvtrace_replay.structures.memory import aligned_zeros
 from kvtrace_replay.structures.slots import ONE, WORD, ZERO, number_anew
-from kvtrace_replay.structures.sums import lanes, ones_from, sum_behind
+from kvtrace_replay.structures.sums import WORDS, lanes, ones_from, sum_behind
 from kvtrace_traces.compile import njit
 
 U32 = npt.NDArray[np.uint32]
@@ -44,13 +44,16 @@ I32 = npt.NDArray[np.int32]
 
 NEVER = np.uint32(2**32 - 1)
 _LINES, _NODES = lanes(np.int16), lanes(np.int32)  # of a node; of an area
-SLOTS_PER_LINE, SLOTS_PER_NODE, SLOTS_PER_AREA = 512, 512 * _LINES, 512 * _LINES * _NODES
+SLOTS_PER_LINE = 64 * WORDS
+SLOTS_PER_AREA = SLOTS_PER_LINE * _LINES * _NODES
 _MOST_SLOTS = 2**32 - SLOTS_PER_LINE  # so that NEVER is no slot
 _SLOTS_PER_BLOCK = 3  # more hit the caches less, fewer are renumbered more often
 
-LINE, NODE, AREA = np.uint64(9), np.uint64(15), np.uint64(20)  # as shifts of a slot
+# As shifts of a slot; all are powers of two.
+LINE, NODE, AREA = (
+    np.uint64(slots.bit_length() - 1) for slots in (SLOTS_PER_LINE, SLOTS_PER_LINE * _LINES, SLOTS_PER_AREA)
+)
 IN_LINE = np.uint64(SLOTS_PER_LINE - 1)
-WORDS_SHIFT = np.uint64(3)  # words per line
 
 
 def new_stack(n_identities: int, slots_per_block: int = _SLOTS_PER_BLOCK) -> tuple[U32, U64, I16, I32, I32]:
@@ -60,7 +63,7 @@ def new_stack(n_identities: int, slots_per_block: int = _SLOTS_PER_BLOCK) -> tup
     n_lines = wanted // SLOTS_PER_LINE + 1
     n_nodes = -(-n_lines // _LINES)
     n_areas = -(-n_nodes // _NODES)
-    bits = aligned_zeros(n_lines * 8, np.uint64)
+    bits = aligned_zeros(n_lines * WORDS, np.uint64)
     lines = aligned_zeros(n_nodes * _LINES, np.int16)
     nodes = aligned_zeros(n_areas * _NODES, np.int32)
     areas = aligned_zeros(-(-n_areas // _NODES) * _NODES, np.int32)
@@ -72,7 +75,7 @@ def new_stack(n_identities: int, slots_per_block: int = _SLOTS_PER_BLOCK) -> tup
 def count_from(slot: np.uint64, now: np.uint64, bits: U64, lines: I16, nodes: I32, areas: I32) -> int:
     """Live slots from `slot` on, itself included if it is live."""
     line, node, area = slot >> LINE, slot >> NODE, slot >> AREA
-    found = ones_from(bits, np.intp(line << WORDS_SHIFT), np.intp(slot & IN_LINE))
+    found = ones_from(bits, np.intp(line << (LINE - WORD)), np.intp(slot & IN_LINE))
     found += sum_behind(lines, np.intp(node << (NODE - LINE)), np.intp(line - (node << (NODE - LINE))))
     found += sum_behind(nodes, np.intp(area << (AREA - NODE)), np.intp(node - (area << (AREA - NODE))))
     for start in range(0, areas.size, _NODES):

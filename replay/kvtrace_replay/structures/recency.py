@@ -3,13 +3,13 @@
 Every use of a block takes the next slot. A block's stamp is the slot of its last use; of all slots, `bits` has those
 set that are some block's stamp. The block used longest ago has the first set bit from TAIL on, and to evict it is to
 move TAIL beyond that bit: a block is resident if its stamp is not below TAIL. So a use touches the block's own stamp,
-which can be asked for early, and one bit; an eviction touches bits that lie side by side, and no block. A list costs
-three places in memory for each use, its neighbours', none of them known ahead.
+which can be asked for early, and two bits of a set that is small; an eviction touches bits that lie side by side, and
+no block. A list costs three places in memory for each use, its neighbours', none of them known ahead.
 
 When the slots run out, the resident blocks are numbered anew, in their order.
 
 State, made by `new_recency`:
-    stamps  uint32[n_identities], NEVER for a block that was never used, TAKEN while a driver holds it
+    stamps  uint32[n_identities], NEVER for a block never used or forgotten, TAKEN while a driver holds it
     bits    uint64[slots / 64], also set: slots below TAIL, which are not looked at
     at      int64[2]: TAIL; NOW, the next slot
 """
@@ -24,6 +24,7 @@ import numpy.typing as npt
 from kvtrace_replay.structures.machine import trailing_zeros
 from kvtrace_replay.structures.slots import LOW, ONE, WORD, ZERO, number_anew
 from kvtrace_traces.compile import njit
+from kvtrace_traces.errors import KvtraceError
 
 U32 = npt.NDArray[np.uint32]
 U64 = npt.NDArray[np.uint64]
@@ -37,7 +38,10 @@ _SLOTS_PER_BLOCK = 32  # numbering anew costs a few steps a block, and four byte
 
 def new_recency(n_identities: int, n_refs: int, longest: int) -> tuple[U32, U64, I64]:
     """(stamps, bits, at) before any of `n_refs` uses; `longest` of them at most between two questions whether
-    slots are `too_few`."""
+    slots are `too_few`. Raises KvtraceError where that is more than there can be."""
+    if n_identities + longest >= _MOST_SLOTS:
+        most = _MOST_SLOTS - n_identities - 1
+        raise KvtraceError(f"a request of {longest:,} blocks is too long: {most:,} can be replayed")
     wanted = max(_SLOTS_PER_BLOCK * n_identities, n_identities + longest)
     slots = min(wanted, n_refs, _MOST_SLOTS - 1) + 1  # slot 0 is NEVER
     return np.zeros(n_identities, np.uint32), np.zeros(-(-slots // 64), np.uint64), np.ones(2, np.int64)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kvtrace_replay import Workload, replay, replay_requests
 from kvtrace_replay.structures import recency
-from kvtrace_traces.errors import UsageError
+from kvtrace_traces.errors import KvtraceError, UsageError
 from unit.replay.twins import make_workload, twin
 
 POLICIES = ["lru", "fifo", "opt"]
@@ -138,6 +138,28 @@ def test_time_stamps_in_object_semantics(monkeypatch: pytest.MonkeyPatch) -> Non
         assert row["block_hits"] == sum(expected.hits[workload.skipped(share) :])
         evictions += expected.evictions
     assert evictions > 10_000
+
+
+def test_a_request_longer_than_all_the_slots_there_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recency, "_MOST_SLOTS", 128)
+    drawn = random.Random(2)
+    numbers: dict[int, int] = {}
+    chain = [numbers.setdefault(block, len(numbers)) for block in (drawn.randrange(20) for _ in range(3000))]
+    workload = make_workload([chain])
+    for capacity in (1, 7, 20):
+        check(workload, "lru", "object", capacity)
+    with pytest.raises(KvtraceError, match="too long: 107 can be replayed"):
+        replay(workload, "lru", 20, "prefix")
+
+
+def test_an_import_that_begins_with_more_than_the_cache_has() -> None:
+    """What is carried in may be larger than the cache; by its events, stated or not, it is the same."""
+    workload = replace(make_workload([list(range(40)), [0, 1], [2, 3], [0, 1], [39], [2, 3]]), carried=1)
+    events = np.array([e for r in range(1, 7) for e in (r, -r)], np.int64)
+    for policy in ("lru", "fifo"):
+        for capacity in (3, 5):
+            told = replay_requests(replace(workload, schedule=events), policy, capacity)
+            assert replay_requests(workload, policy, capacity).tolist() == told.tolist()
 
 
 @settings(max_examples=300, deadline=None)
