@@ -1,8 +1,9 @@
 """Speed of the one-pass LRU curve on a Zipf stream: `python benchmarks/curve_speed.py [--refs 10000000]`.
 
-Prints one line a kind of workload: references a second in the kernel, best of five, one thread. `object`: a
-reference a request, and 16. `prefix`: requests of 16 references; and conversations, whose prompts are the ones
-before and 16 blocks more, as served chats have them. `--fenwick` adds a Fenwick tree over the same stream.
+Prints one line a kind of workload: references a second in the kernel, best of five, one thread (in `object` semantics
+one for each core where `--refs` is large). `object`: a reference a request, and 16. `prefix`: requests of 16
+references; and conversations, whose prompts are the ones before and 16 blocks more, as served chats have them.
+`--fenwick` adds a Fenwick tree over the same stream.
 """
 
 from __future__ import annotations

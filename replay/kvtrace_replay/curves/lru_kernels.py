@@ -2,8 +2,8 @@
 
 Each adds up a histogram: `hits[c]` is the number of lookups that hit in a cache of c blocks and more, but in no smaller
 one; `short[c]` the tokens that those of them lack which are not full blocks. `hits` is uint32 where that can hold the
-number of references: it is written to at random, and half the memory is a tenth of the time. What is
-given of the workload is only read; beside it, memory grows with the number of distinct blocks alone.
+number of references: it is written to at random, and with half the memory that is faster. What is given of the workload
+is only read; beside it, memory grows with the number of distinct blocks alone.
 """
 
 from __future__ import annotations

@@ -54,8 +54,8 @@ else:
 
     @intrinsic
     def sum_behind(typing_context, numbers, start, own):
-        """The sum of `numbers[start + own + 1 : start + lanes]`, of int16 (from 0 to 65,535 in
-        all) or int32 (not below 0); `own` may be below 0 or beyond the lanes."""
+        """The sum of `numbers[start + own + 1 : start + lanes]`, of int16 (from 0 to 65,535 in all) or int32 (not
+        below 0); `own` may be below 0 or beyond the lanes."""
         width = numbers.dtype.bitwidth
 
         def generate(context, builder, signature, args):

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from kvtrace_replay import Workload, replay
 from kvtrace_replay.curves.lru import LruCurve, largest_request, lru_curve
 from kvtrace_replay.curves.lru_kernels import import_kernel, object_kernel
-from kvtrace_replay.curves.parts import ObjectCurve
+from kvtrace_replay.curves.parts import ObjectCurve, parts_for
 from kvtrace_replay.curves.points import Exact, spread
 from kvtrace_replay.curves.stack import SLOTS_PER_AREA, count_from, new_stack
 from kvtrace_traces.compile import njit
@@ -318,6 +318,7 @@ def test_a_large_workload_is_spread_over_the_cores(monkeypatch: pytest.MonkeyPat
     alone = [lru_curve(workload, "object", 0.2) for workload in workloads]
     for name, value in (("cores", lambda: 3), ("_LEAST_REFS", 1), ("_LEAST_REFS_PER_BLOCK", 0)):
         monkeypatch.setattr(f"kvtrace_replay.curves.parts.{name}", value)
+    assert parts_for(3, 1) == 3
     for workload, one in zip(workloads, alone, strict=True):
         spread_out = lru_curve(workload, "object", 0.2)
         assert spread_out.hits.tolist() == one.hits.tolist()
