@@ -6,6 +6,9 @@ A real scheduler with a made-up model runs a scripted load; every 32 steps it go
 off, traced, off again (the control: what is left of the noise) and vLLM's KV events published over ZMQ. Repetitions
 shift the conditions, so that each step is met in each; the load is the same each time, and of a step in a condition the
 minimum counts. Timed is `schedule` + `update_from_output`; the first step after a change is left out everywhere.
+Between the two, before an engine waits for its workers, it calls `get_grammar_bitmask`, in which the tracer writes out
+what it noted: `meanwhile` is what that call takes longer, in microseconds a step. It is hidden where the model runs on
+another device.
 (Two engines side by side differ by some per cent even if neither is traced: where objects lie in memory matters more.)
 Needs the engine (`make engine`).
 """
@@ -101,12 +104,13 @@ class Switch:
         state.last, state.ids, state.phase = {}, None, OUTSIDE
 
 
-def run_once(model: str, load: dict[str, Any], folder: Path, shift: int) -> list[tuple[str, int]]:
-    """Condition and nanoseconds of each step; "" for the condition of a step that does not count."""
+def run_once(model: str, load: dict[str, Any], folder: Path, shift: int) -> list[tuple[str, int, int]]:
+    """Condition and nanoseconds of each step, in the scheduler and in the call while the model runs; "" for the
+    condition of a step that does not count."""
     stub = build(model, load, folder)
     scheduler = stub.scheduler
     pool, switch = scheduler.kv_cache_manager.block_pool, Switch(scheduler)
-    times: list[tuple[str, int]] = []
+    times: list[tuple[str, int, int]] = []
     clock = time.perf_counter_ns
     gc.collect()
     gc.freeze()
@@ -120,10 +124,13 @@ def run_once(model: str, load: dict[str, Any], folder: Path, shift: int) -> list
         begin = clock()
         scheduled = scheduler.schedule()
         middle = clock()
+        scheduler.get_grammar_bitmask(scheduled)
+        waiting = clock()
         output = stub._execute(scheduled)
         resumed = clock()
         scheduler.update_from_output(scheduled, output)
-        times.append(("" if step % STRETCH == 0 else condition, clock() - resumed + middle - begin))
+        end = clock()
+        times.append(("" if step % STRETCH == 0 else condition, end - resumed + middle - begin, waiting - middle))
     gc.enable()
     gc.unfreeze()
     stub.close()
@@ -158,25 +165,29 @@ def main() -> None:
     kvtrace_tracer.register()
     del os.environ["KVTRACE_OUT"]
     print(f"{'load':<11}{'steps':>6}{'off, us/step':>14}{'control':>10}{'kvtrace':>10}{'kv events':>11}"
-          f"{'B/event':>9}{'parquet':>9}{'B/step':>8}")  # fmt: skip
+          f"{'meanwhile':>11}{'B/event':>9}{'parquet':>9}{'B/step':>8}")  # fmt: skip
     with tempfile.TemporaryDirectory() as place:
         model = str(tiny_llama(Path(place) / "model"))
         for name in arguments.loads.split(","):
             load = SETTINGS[name]
             best: dict[str, dict[int, int]] = {condition: {} for condition in CONDITIONS}
+            beside: dict[str, dict[int, int]] = {condition: {} for condition in CONDITIONS}
             for repeat in range(arguments.repeats):
                 folder = Path(place) / f"{name}-{repeat}"
-                for step, (condition, took) in enumerate(run_once(model, load, folder, repeat)):
+                for step, (condition, took, waited) in enumerate(run_once(model, load, folder, repeat)):
                     if condition:
                         best[condition][step] = min(took, best[condition].get(step, took))
+                        beside[condition][step] = min(waited, beside[condition].get(step, waited))
                 shutil.rmtree(folder)
             steps = set.intersection(*(set(found) for found in best.values()))
             total = {condition: sum(found[step] for step in steps) for condition, found in best.items()}
+            meanwhile = sum(beside["trace"][step] - beside["off"][step] for step in steps) / len(steps) / 1000
             info = whole_log(model, load, Path(place) / name)
             print(
                 f"{name:<11}{len(steps):>6}{total['off'] / len(steps) / 1000:>14.1f}"
                 + "".join(f"{(total[c] / total['off'] - 1) * 100:>+{w}.2f}%" for c, w in
                           (("control", 9), ("trace", 9), ("kv-events", 10)))
+                + f"{meanwhile:>+11.1f}"
                 + f"{info['bytes_per_block_event']:>9.2f}{info['parquet']:>9.2f}{info['bytes'] / info['steps']:>8.0f}",
                 flush=True,
             )  # fmt: skip

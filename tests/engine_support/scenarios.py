@@ -144,8 +144,9 @@ class traced:
             os.environ.pop(name, None)
 
 
-def both_ways(folder: str, model: str, seed: int) -> dict[str, Any]:
-    """One run recorded twice: by following block tables, and explicitly, as for engines that have no such tables."""
+def all_ways(folder: str, model: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """One run recorded in each way: by following block tables, written out while the model runs; the same, written out
+    when something else is logged; and explicitly and at once, as for engines that have no such tables."""
     import polars as pl
 
     import kvtrace_tracer.header
@@ -154,30 +155,33 @@ def both_ways(folder: str, model: str, seed: int) -> dict[str, Any]:
     from .stub import StubEngine
 
     follows = kvtrace_tracer.header.follows_tables
-    traces = []
-    for explicit in (False, True):
-        place = f"{folder}/{explicit}"
+    traces = {}
+    for way in ("meanwhile", "before-the-next", "explicit"):
+        place = f"{folder}/{way}"
         try:
-            if explicit:
+            if way == "explicit":
                 kvtrace_tracer.header.follows_tables = lambda header: False
             with traced(place):
                 stub = StubEngine(
-                    model, num_blocks=70, block_size=16, max_num_seqs=32, max_num_batched_tokens=512, max_model_len=1024
-                )
+                    model, num_blocks=70, block_size=16, max_num_seqs=32, max_num_batched_tokens=512,
+                    max_model_len=1024, **settings,
+                )  # fmt: skip
         finally:
             kvtrace_tracer.header.follows_tables = follows
+        stub.asks = way == "meanwhile"
         drive(stub, workloads.mixed(seed, 16) + workloads.thrashing(seed))
         stub.close()
-        traces.append(open_trace(place))
+        traces[way] = open_trace(place)
     equal = {}
     for table in ("requests", "step_requests", "lookups", "preemptions", "block_events"):
         frames = []
-        for trace in traces:
+        for trace in traces.values():
             frame = getattr(trace, table)
             if "identity" in frame.columns:  # numbered in another order: compare what they stand for
                 hashes = pl.Series(trace.chains().hashes)
                 frame = frame.with_columns(identity=hashes.gather(frame["identity"].cast(pl.UInt32)))
             # Not told of every explicit row: the group.
             frames.append(frame.drop("time_ns", "arrival_ns", "finish_ns", "group", strict=False))
-        equal[table] = frames[0].equals(frames[1])
-    return {"equal": equal, "events": traces[0].info["events"], "preemptions": traces[0].preemptions.height}
+        equal[table] = all(frames[0].equals(other) for other in frames[1:])
+    one = traces["meanwhile"]
+    return {"equal": equal, "events": one.info["events"], "preemptions": one.preemptions.height}

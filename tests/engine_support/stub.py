@@ -35,8 +35,9 @@ class StubEngine:
     Parameters are vLLM's; `num_blocks` includes the null block; `extra` holds further EngineArgs.
     `token(request, position)` scripts the outputs. Attributes: scheduler, outputs (list of token lists by
     request number), observer (Observer, or None with `observe=False`, as for measurements), requests (vLLM's
-    Request objects), steps (calls of `schedule`). Times and priorities of arrival are the request's number,
-    so that ties cannot depend on the clock.
+    Request objects), steps (calls of `schedule`), asks (whether it asks for grammars while the model runs, as
+    engines do since 0.12). Times and priorities of arrival are the request's number, so that ties cannot depend
+    on the clock.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class StubEngine:
         self.outputs: list[list[int]] = []
         self.finish_reasons: list[str | None] = []
         self.steps = 0
+        self.asks = True
         self._numbers: dict[str, int] = {}
         self._scripts: list[list[int] | None] = []
         self._token = token
@@ -191,6 +193,8 @@ class StubEngine:
         if self.scheduler.has_requests():
             scheduled = self.scheduler.schedule()
             self.steps += 1
+            if self.asks and self.steps % 4:  # where sampling has to wait, the engine asks later or not at all
+                self.scheduler.get_grammar_bitmask(scheduled)
             self._in_flight.appendleft((scheduled, self._execute(scheduled)))
             executed = scheduled.total_num_scheduled_tokens > 0
             if len(self._in_flight) < self._depth and (executed or self.scheduler.has_requests()):

@@ -157,7 +157,8 @@ def test_a_bug_in_the_tracer_is_no_bug_in_the_server(weighted_model: Path, tmp_p
     bare = result(run(*script(weighted_model, "--requests", "12", env=env)))
     patches = {
         "identity.EngineChain.entries": "kvtrace_tracer.identity.EngineChain.entries = boom",
-        "hooks.Hooks.end_call": "kvtrace_tracer.hooks.Hooks.end_call = boom",
+        "notes.Notes._sched": "kvtrace_tracer.notes.Notes._sched = boom",
+        "notes.Notes._lookup": "kvtrace_tracer.notes.Notes._lookup = boom",
         "log.Log.commit": "kvtrace_tracer.log.Log.commit = boom",
         "attach": "kvtrace_tracer.attach.attach = boom",
     }
@@ -166,7 +167,7 @@ def test_a_bug_in_the_tracer_is_no_bug_in_the_server(weighted_model: Path, tmp_p
         site = tmp_path / name
         site.mkdir()
         (site / "sitecustomize.py").write_text(
-            "import kvtrace_tracer.identity, kvtrace_tracer.hooks, kvtrace_tracer.log, kvtrace_tracer.attach\n"
+            "import kvtrace_tracer.identity, kvtrace_tracer.hooks, kvtrace_tracer.notes, kvtrace_tracer.log, kvtrace_tracer.attach\n"
             "def boom(*args, **kwargs):\n    raise RuntimeError('on purpose')\n" + patch + "\n"
         )
         done = run(

@@ -88,9 +88,15 @@ def test_real_engine(
     assert bare["tokens"] == traced["tokens"]
 
 
-def test_explicit_recording_says_the_same(engine_worker: Worker, tiny_model: Path, tmp_path: Path) -> None:
-    """Engines with several groups or windows are recorded block by block; on an engine of one group both must agree."""
-    found = engine_worker.call(scenarios.both_ways, folder=str(tmp_path), model=str(tiny_model), seed=5)
+@pytest.mark.parametrize("settings", [{}, {"async_scheduling": True}, {"scheduling_policy": "priority"}], ids=str)
+def test_every_way_of_recording_says_the_same(
+    settings: dict[str, Any], engine_worker: Worker, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Engines with several groups or windows are recorded block by block and at once, others by notes of a call that
+    are written out later: on an engine of one group all must agree."""
+    found = engine_worker.call(
+        scenarios.all_ways, folder=str(tmp_path), model=str(tiny_model), seed=5, settings=settings
+    )
     assert found["events"] > 1000
     assert found["preemptions"] > 0
     assert all(found["equal"].values()), found

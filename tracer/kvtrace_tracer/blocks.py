@@ -10,8 +10,7 @@ import inspect
 import struct
 from typing import TYPE_CHECKING, Any
 
-from kvtrace_tracer.identity import EngineChain, as_number
-from kvtrace_tracer.state import ADMITTING, OUTSIDE, RUNNING
+from kvtrace_tracer.state import ADMITTING, CALLS, OUTSIDE, RUNNING
 from kvtrace_traces.schema import NO_REQUEST, OPS
 
 if TYPE_CHECKING:
@@ -43,9 +42,13 @@ def install_rare(hooks: Hooks) -> None:
         def reset_prefix_cache(*args: Any, **kwargs: Any) -> Any:
             done = original(*args, **kwargs)
             if done and not log.closed:
-                log.ext("RESET")
-                log.events += 1
-                hooks.commit_between_steps()
+                try:
+                    hooks.notes.settle()
+                    log.ext("RESET")
+                    log.events += 1
+                    hooks.commit_between_steps()
+                except Exception as error:
+                    log.fail(error)
             return done
 
         return reset_prefix_cache
@@ -56,6 +59,7 @@ def install_rare(hooks: Hooks) -> None:
                 ids = list(block_ids)
                 cached = [b for b in ids if pool.blocks[b].block_hash is not None]
                 if cached and not log.closed:
+                    hooks.notes.settle()
                     log.ext("EVICT", *cached)
                     log.events += len(cached)
                     hooks.commit_between_steps()
@@ -69,6 +73,7 @@ def install_rare(hooks: Hooks) -> None:
     def make_inexact(original: Any) -> Any:
         def partial(*args: Any, **kwargs: Any) -> Any:
             try:
+                hooks.notes.settle()
                 hooks.inexact("partial-block")
             except Exception as error:
                 log.fail(error)
@@ -92,43 +97,27 @@ class _Freeing:
 
 
 def _get_new_blocks(hooks: Hooks, original: Any) -> Any:
-    log, state = hooks.log, hooks.state
-    append, fromlist, wait = log.words.append, log.words.fromlist, state.pending.append
+    log, state, note = hooks.log, hooks.state, hooks.notes.kept.append
 
     def get_new_blocks(num_blocks: int) -> Any:
         blocks = original(num_blocks)
-        try:
-            phase = state.phase
-            if phase == RUNNING:
-                block = blocks[0].block_id
-                wait(block)
-                if num_blocks == 1:  # nearly all of decoding
-                    append(block << 4 | ALLOC)
-                    return blocks
-                log.events -= 1  # counted with its owner
-            elif log.closed:
-                return blocks
-            elif phase != ADMITTING:
+        if state.phase in CALLS:
+            note(blocks)
+        elif not log.closed:
+            try:
+                hooks.notes.settle()
                 hooks.inexact("unattributed-blocks")
                 log.ext("ALLOCX", NO_REQUEST, 0, *[b.block_id for b in blocks])
                 log.events += num_blocks
-                return blocks
-            if num_blocks == 1:
-                append(blocks[0].block_id << 4 | ALLOC)
-            else:
-                append(num_blocks << 4 | ALLOCN)
-                fromlist([b.block_id for b in blocks])
-            log.events += num_blocks
-        except Exception as error:
-            log.fail(error)
+            except Exception as error:
+                log.fail(error)
         return blocks
 
     return get_new_blocks
 
 
 def _touch(hooks: Hooks, original: Any) -> Any:
-    log, state = hooks.log, hooks.state
-    append, fromlist = log.words.append, log.words.fromlist
+    log, state, note, hit = hooks.log, hooks.state, hooks.notes.kept.append, hooks.notes.hit
 
     def touch(blocks: Any) -> Any:
         try:
@@ -137,13 +126,12 @@ def _touch(hooks: Hooks, original: Any) -> Any:
             ids = [b.block_id for b in flat]
             if ids and not log.closed:
                 if state.phase == ADMITTING:
-                    append(len(ids) << 4 | HIT)
-                    fromlist(ids)
-                    state.admitted.filled = len(ids)  # type: ignore[union-attr]
+                    note((hit, ids))
                 else:
+                    hooks.notes.settle()
                     hooks.inexact("unattributed-blocks")
                     log.ext("HITX", NO_REQUEST, 0, *ids)
-                log.events += len(ids)
+                    log.events += len(ids)
         except Exception as error:
             log.fail(error)
         return original(blocks)
@@ -152,39 +140,19 @@ def _touch(hooks: Hooks, original: Any) -> Any:
 
 
 def _cache_full_blocks(hooks: Hooks, original: Any) -> Any:
-    log, chain, entries, grow = hooks.log, hooks.chain, hooks.state.entries, hooks.grow
-    append, frombytes = log.words.append, log.words.frombytes
-    number, pack, engine_chain = as_number(hooks.keyed), _FILL1.pack, isinstance(chain, EngineChain)
-    hash_block_size = getattr(hooks.manager.block_pool, "hash_block_size", None)
-    granule = chain.granule
-
-    # Identities are then the engine's hashes, one a block.
-    plain = engine_chain and granule == hash_block_size == hooks.block_size
-
-    def record(request: Any, num_cached_blocks: int, num_full_blocks: int, block_size: int) -> None:
-        entry = entries[request.request_id]
-        count = num_full_blocks - num_cached_blocks
-        if count <= 0:
-            return
-        if entry.filled != num_cached_blocks:
-            raise RuntimeError(f"block {num_cached_blocks} of a request cached after block {entry.filled}")
-        entry.filled = num_full_blocks
-        log.events += count
-        stop = num_full_blocks * block_size // granule
-        if stop > entry.chain:
-            grow(entry, request, stop)
-        append(entry.number << 4 | FILL)
-        append(count)
-
-    def masked(blocks: Any, start: int, stop: int) -> None:
-        if any(b.is_null for b in blocks[start:stop]):
-            raise RuntimeError("a null block in the table of a request")
+    log, state, note, fill = hooks.log, hooks.state, hooks.notes.kept.append, hooks.notes.fill
 
     parameters = list(inspect.signature(original).parameters)
     if parameters[:6] != [
         "request", "blocks", "num_cached_blocks", "num_full_blocks", "block_size", "kv_cache_group_id",
     ]:  # fmt: skip
         raise RuntimeError(f"cache_full_blocks{tuple(parameters)} is not known to this tracer")
+
+    def filled(request: Any, start: int, stop: int) -> None:
+        if not log.closed:
+            note((fill, request, start, stop))
+            if state.phase not in CALLS:
+                hooks.notes.settle()
 
     if "block_mask" in parameters:
 
@@ -195,17 +163,13 @@ def _cache_full_blocks(hooks: Hooks, original: Any) -> Any:
             result = original(
                 request, blocks, num_cached_blocks, num_full_blocks, block_size, kv_cache_group_id, block_mask
             )
+            if state.phase == RUNNING and block_mask is None:  # nearly all of decoding
+                note((fill, request, num_cached_blocks, num_full_blocks))
+                return result
             try:
-                entry = entries[request.request_id]
-                if plain and entry.chain == num_cached_blocks == num_full_blocks - 1 == entry.filled:
-                    # One more block of generated tokens: nearly all of decoding.
-                    frombytes(pack(entry.number << 4 | FILL1, number(request.block_hashes[num_cached_blocks])))
-                    entry.chain = entry.filled = num_full_blocks
-                    log.events += 1
-                elif block_mask is None:
-                    record(request, num_cached_blocks, num_full_blocks, block_size)
-                else:
+                if block_mask is not None:
                     raise RuntimeError("only some of a request's blocks were cached")
+                filled(request, num_cached_blocks, num_full_blocks)
             except Exception as error:
                 log.fail(error)
             return result
@@ -218,8 +182,9 @@ def _cache_full_blocks(hooks: Hooks, original: Any) -> Any:
     ) -> Any:  # fmt: skip
         result = original(request, blocks, num_cached_blocks, num_full_blocks, block_size, kv_cache_group_id, **more)
         try:
-            masked(blocks, num_cached_blocks, num_full_blocks)
-            record(request, num_cached_blocks, num_full_blocks, block_size)
+            if any(b.is_null for b in blocks[num_cached_blocks:num_full_blocks]):
+                raise RuntimeError("a null block in the table of a request")
+            filled(request, num_cached_blocks, num_full_blocks)
         except Exception as error:
             log.fail(error)
         return result
@@ -244,9 +209,10 @@ def _free(hooks: Hooks, original: Any, freeing: _Freeing) -> Any:
                         append(held)
                     del entries[rid]
                 else:
+                    hooks.notes.settle()
                     if state.pending and hooks.priority:
                         # The victim may own blocks of this very call, which the engine will not list.
-                        log.ext("OWN", *hooks.search_owners())
+                        log.ext("OWN", *hooks.notes.search_owners())
                         log.events += len(state.pending)
                         state.pending.clear()
                     log.words.extend((entry.number << 4 | PREEMPT, max(0, request.num_computed_tokens), held))
@@ -273,6 +239,7 @@ def _free_blocks(hooks: Hooks, original: Any, freeing: _Freeing) -> Any:
             try:
                 ordered_blocks = list(ordered_blocks)  # it may be an iterator that runs once
                 if ordered_blocks:
+                    hooks.notes.settle()
                     hooks.inexact("unattributed-blocks")
                     log.ext("FREEX", NO_REQUEST, 0, *[b.block_id for b in ordered_blocks])
                     log.events += len(ordered_blocks)

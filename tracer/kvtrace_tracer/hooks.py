@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import struct
 import time
-from array import array
-from collections.abc import Callable, Sequence
-from itertools import compress
+from collections.abc import Callable
 from typing import Any
 
 from kvtrace_tracer import header as headers
 from kvtrace_tracer import steps
 from kvtrace_tracer.identity import EngineChain, OwnChain, tenant
 from kvtrace_tracer.log import Log
-from kvtrace_tracer.state import ADMITTING, OUTSIDE, Entry, State
-from kvtrace_tracer.steps import MAX_DELTA, OUTPUT, SCHED
+from kvtrace_tracer.notes import Notes
+from kvtrace_tracer.state import ADMITTING, MAX_DELTA, OUTSIDE, Entry, State
+from kvtrace_tracer.steps import OUTPUT
 from kvtrace_traces.schema import (
     EXT_OPS,
     FINISH_REASONS,
@@ -28,10 +27,6 @@ from kvtrace_traces.schema import (
     NO_REQUEST,
     OPS,
     REQUEST_NO_READ,
-    SCHED_BIG,
-    SCHED_COUNTS,
-    SCHED_FULL,
-    SCHED_WIDE,
 )
 
 LOOKUP, FINISH, CHAIN, KEY = OPS["LOOKUP"].code, OPS["FINISH"].code, OPS["CHAIN"].code, OPS["KEY"].code
@@ -69,6 +64,8 @@ class Hooks:
         self._patched: list[tuple[Any, str, Any]] = []
         exact = headers.follows_tables(header)
         self.tables = self.manager.coordinator.single_type_managers[0].req_to_blocks if exact else None
+        self.at_once = not exact  # the hooks on blocks then write at once, and so do the others
+        self.notes = Notes(self)
         try:
             steps.install(self)
             self._install()
@@ -103,13 +100,13 @@ class Hooks:
                 delattr(target, name)
         self._patched.clear()
         state = self.state
-        self.log.events += len(state.pending)
+        self.log.events += len(state.pending) + self.notes.forget()
         for kept in (state.entries, state.steps, state.pending, state.looked, state.gone, state.special):
             kept.clear()
         state.last, state.ids, state.phase, state.admitted = {}, None, OUTSIDE, None
 
     def inexact(self, name: str) -> None:
-        """Say in the log that the trace is inexact from here on."""
+        """Say in the log that the trace is inexact from here on. (Among the notes that are being encoded, at once.)"""
         if name not in self._inexact:
             self._inexact.add(name)
             self.log.ext("INEXACT", _INEXACT[name])
@@ -118,6 +115,7 @@ class Hooks:
         """Commit what happens while the engine idles (an abort, a reset): the next step may be long in coming."""
         if self.state.phase == OUTSIDE:
             try:
+                self.notes.settle()
                 self.log.commit()
             except Exception as error:
                 self.log.fail(error)
@@ -175,14 +173,15 @@ class Hooks:
     # ---------------------------------------------------------------- requests and steps
 
     def _install(self) -> None:
-        scheduler, log, state = self.scheduler, self.log, self.state
+        scheduler, log, state, notes = self.scheduler, self.log, self.state, self.notes
 
         def make_add(original: Any) -> Any:
             def add_request(request: Any, *args: Any, **kwargs: Any) -> Any:
                 result = original(request, *args, **kwargs)
                 if not log.closed:
-                    state.ids = None
                     try:
+                        notes.settle()
+                        state.ids = None
                         self._arrive(request)
                     except Exception as error:
                         log.fail(error)
@@ -202,27 +201,27 @@ class Hooks:
 
         def make_shutdown(original: Any) -> Any:
             def shutdown(*args: Any, **kwargs: Any) -> Any:
+                try:
+                    notes.settle()
+                except Exception as error:
+                    log.fail(error)
                 log.close()
                 return original(*args, **kwargs)
 
             return shutdown
 
         def make_lookup(original: Any) -> Any:
-            counted, entries, append, looked = self.lookups_counted, state.entries, log.words.append, state.looked
+            counted, note, lookup = self.lookups_counted, notes.kept.append, notes.lookup
 
             def get_computed_blocks(request: Any) -> Any:
                 found = original(request)
                 try:
-                    rid = request.request_id
-                    entry = entries[rid]
-                    append(entry.number << 4 | LOOKUP)
-                    append(request.num_tokens)
                     # What was found was looked for.
-                    append(found[1] + 1 if found[1] or counted(request) else 0)
-                    entry.filled = 0
-                    state.admitted = entry
+                    hit = found[1] + 1 if found[1] or counted(request) else 0
+                    note((lookup, request, request.num_tokens, hit))
                     state.phase = ADMITTING
-                    looked.append(rid)
+                    if self.at_once:
+                        notes.settle()
                 except Exception as error:
                     log.fail(error)
                 return found
@@ -275,6 +274,7 @@ class Hooks:
         entry = state.entries.get(request.request_id)
         if entry is None:
             return
+        self.notes.settle()
         stop = request.num_tokens // self.chain.granule
         if stop > entry.chain:
             self.grow(entry, request, stop)
@@ -299,124 +299,6 @@ class Hooks:
             self.log.ext("SKIP", skipped)
             del steps[: skipped + 1]
             self.stamp(OUTPUT, now)
-
-    def after_schedule(self, output: Any, running: int, waiting: int) -> None:
-        state = self.state
-        scheduled = output.num_scheduled_tokens
-        owners = self.owners(output) if state.pending else ()
-        flags, named = self._difference(scheduled)
-        if running != state.running or waiting != state.waiting:
-            flags |= SCHED_COUNTS
-            state.running, state.waiting = running, waiting
-        self.end_call(flags, named, owners, scheduled)
-        state.last = scheduled
-        state.ids = None if state.special or self.full_sets else list(scheduled)
-        state.phase = OUTSIDE
-        state.admitted = None
-
-    def end_call(self, flags: int, named: Sequence[str], owners: Sequence[int], scheduled: dict[str, int]) -> None:
-        """Append SCHED; see the schema."""
-        state, words = self.state, self.log.words
-        append = words.append
-        count, owned = len(named), len(owners)
-        base = 0
-        wide = False
-        if owned and max(owners) > 0xFFFF:
-            base = min(owners)
-            wide = max(owners) - base > 0xFFFF
-            if wide:
-                flags |= SCHED_WIDE
-        if count > 0xFFF or owned > 0xFFF:
-            words.extend(((flags | SCHED_BIG) << 4 | SCHED, count, owned))
-        else:
-            append((owned << 16 | count << 4 | flags) << 4 | SCHED)
-        append(self.free.num_free_blocks)
-        if flags & SCHED_COUNTS:
-            append(state.running)
-            append(state.waiting)
-        if count:
-            requests, entries = self.scheduler.requests, state.entries
-            for rid in named:
-                tokens = scheduled[rid]
-                computed = requests[rid].num_computed_tokens - tokens
-                append(entries[rid].number)
-                append(tokens)
-                append(computed if computed > 0 else 0)
-        if wide:
-            words.extend(owners)
-        elif owned:
-            append(base)
-            offsets = array("H", [owner - base for owner in owners] if base else owners)
-            if owned & 1:
-                offsets.append(0)
-            words.frombytes(offsets.tobytes())
-
-    def _difference(self, scheduled: dict[str, int]) -> tuple[int, list[str]]:
-        """What the reader cannot guess of the scheduled set: flags and the ids to name."""
-        state = self.state
-        named: list[str] = []
-        if state.special:
-            expected = dict.fromkeys(state.last, 1)
-            for rid in state.gone:
-                expected.pop(rid, None)
-            named = [rid for rid in state.special if rid in scheduled and rid in expected]
-            for rid in named:
-                expected[rid] = scheduled[rid]
-        else:  # each had one token
-            expected = state.last.copy()
-            for rid in state.gone:
-                expected.pop(rid, None)
-        state.gone.clear()
-        if state.looked:
-            for rid in state.looked:
-                if rid in scheduled and rid not in expected:
-                    expected[rid] = scheduled[rid]
-                    named.append(rid)
-            state.looked.clear()
-        flags = 0
-        if self.full_sets or expected != scheduled:
-            flags, named = SCHED_FULL, list(scheduled)
-        state.special = [rid for rid in named if scheduled[rid] != 1]
-        return flags, named
-
-    def owners(self, output: Any) -> list[int]:
-        """The owners of the running queue's allocations, in order: the engine lists the new blocks by request."""
-        state = self.state
-        pending, entries = state.pending, state.entries
-        cached = output.scheduled_cached_reqs
-        new = cached.new_block_ids
-        ids = list(compress(cached.req_ids, new))
-        if len(ids) == len(pending) and [groups[0][0] for groups in new if groups and groups[0]] == pending:
-            owners = [entries[rid].number for rid in ids]
-        else:
-            # Resumed requests are listed too, with all their blocks: the first new block decides.
-            owners = []
-            for rid, groups in zip(ids, compress(new, new), strict=True):
-                if len(owners) < len(pending) and groups[0] and groups[0][0] == pending[len(owners)]:
-                    owners.append(entries[rid].number)
-            if len(owners) != len(pending):
-                owners = self.search_owners()
-        self.log.events += len(pending)
-        pending.clear()
-        return owners
-
-    def search_owners(self) -> list[int]:
-        """The owners of the pending allocations by looking through the block tables: slow, and always right.
-
-        Requests admitted in this call are left out: what they hold of these blocks they hit after the owner filled it.
-        """
-        state = self.state
-        admitted = set(state.looked)
-        holder: dict[int, int] = {}
-        for rid, table in (self.tables or {}).items():
-            entry = state.entries.get(rid)
-            if entry is not None and rid not in admitted:
-                for block in table:
-                    holder[block.block_id] = entry.number
-        owners = [holder.get(block, NO_REQUEST) for block in state.pending]
-        if NO_REQUEST in owners:
-            self.inexact("unattributed-blocks")
-        return owners
 
 
 def _lookup_predicate(manager: Any) -> Callable[[Any], bool]:

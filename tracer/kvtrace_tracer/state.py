@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+MAX_DELTA = 1 << 28
+"""Nanoseconds between two times that an operation can state."""
+
 OUTSIDE, RUNNING, ADMITTING, UPDATING = 0, 1, 2, 3
 """Where the scheduler is: outside a call, serving its running queue, admitting the request looked up last, or taking
 in a step's output."""
+CALLS = frozenset((RUNNING, ADMITTING))
+"""In a scheduler call."""
 
 
 class Entry:
@@ -28,9 +33,10 @@ class State:
     requests in the order of the engine's output, if each had one token and none arrived since, else None.
 
     ``special``: ids in ``last`` with another number of tokens than one; ``gone``: ids finished or preempted since;
-    ``looked``: ids looked up in this call; ``pending``: first block of each allocation whose owner is not told yet (it
-    is not among ``Log.events`` so far); ``steps``: scheduler outputs without a model output, oldest first; ``time``:
-    the clock at the last BEGIN or OUTPUT; ``transfers``: number of the next transfer to or from a slower tier.
+    ``looked``: ids looked up in this call; ``admitted``: the last of them, else None; ``pending``: first block of each
+    allocation whose owner is not told yet (it is not among ``Log.events`` so far); ``steps``: scheduler outputs without
+    a model output, oldest first; ``time``: the clock at the last BEGIN or OUTPUT; ``transfers``: number of the next
+    transfer to or from a slower tier. But for ``phase`` they follow the log: notes count when they are encoded.
     """
 
     __slots__ = (

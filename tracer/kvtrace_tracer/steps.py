@@ -1,9 +1,4 @@
-"""The hooks that every scheduler step passes: `schedule` and `update_from_output`.
-
-Most steps of a busy server are as the one before but for the blocks that fill and are handed out, and what is paid in
-each of them is mostly memory that the engine has driven from the caches since: the common case is written out in
-one place, touches few objects, and compares with C's loops. Anything else goes to :class:`~kvtrace_tracer.hooks.Hooks`.
-"""
+"""The hooks that every scheduler step passes: `schedule`, `get_grammar_bitmask` and `update_from_output`."""
 
 from __future__ import annotations
 
@@ -11,121 +6,109 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from itertools import compress
 from typing import TYPE_CHECKING, Any
 
-from kvtrace_tracer.state import OUTSIDE, RUNNING, UPDATING
+from kvtrace_tracer.state import MAX_DELTA, OUTSIDE, RUNNING, UPDATING
 from kvtrace_traces.schema import OPS
 
 if TYPE_CHECKING:
     from kvtrace_tracer.hooks import Hooks
 
-BEGIN, SCHED, OUTPUT = OPS["BEGIN"].code, OPS["SCHED"].code, OPS["OUTPUT"].code
-MAX_DELTA = 1 << 28
+OUTPUT = OPS["OUTPUT"].code
 
 
 def install(hooks: Hooks) -> None:
     """Put the hooks on the scheduler of ``hooks``."""
     hooks.patch(hooks.scheduler, "schedule", lambda original: _schedule(hooks, original))
+    hooks.patch(hooks.scheduler, "get_grammar_bitmask", lambda original: _get_grammar_bitmask(hooks, original))
     hooks.patch(hooks.scheduler, "update_from_output", lambda original: _update_from_output(hooks, original))
 
 
 def _schedule(hooks: Hooks, original: Any) -> Any:
-    scheduler, log, state = hooks.scheduler, hooks.log, hooks.state
-    clock, stamp, after_schedule, end_call = time.monotonic_ns, hooks.stamp, hooks.after_schedule, hooks.end_call
-    gone, looked, pending, steps, entries = state.gone, state.looked, state.pending, state.steps, state.entries
-    append = log.words.append
+    scheduler, log, state, free, clock = hooks.scheduler, hooks.log, hooks.state, hooks.free, time.monotonic_ns
+    notes, settle, begin, end = hooks.notes.kept, hooks.notes.settle, hooks.notes.begin, hooks.notes.end
+    note = notes.append
     queued = _length(scheduler.waiting)
     # Beside it: requests set aside (0.18 to 0.31), or those that hold blocks while they wait (0.32).
     set_aside = _length(getattr(scheduler, "kv_holding_waiting", getattr(scheduler, "skipped_waiting", ())))
-    free = hooks.free
+    at_once = hooks.at_once
 
     def schedule(*args: Any, **kwargs: Any) -> Any:
         if log.closed:
             return original(*args, **kwargs)
-        now = clock()
-        delta = now - state.time
-        if 0 <= delta < MAX_DELTA:
-            state.time = now
-            append(delta << 4 | BEGIN)
-        else:
-            stamp(BEGIN, now)
-        state.phase = RUNNING
-        output = original(*args, **kwargs)
-        if log.closed:
-            return output
         try:
-            cached = output.scheduled_cached_reqs
-            ids = cached.req_ids
-            count = len(ids)
-            if (
-                # The same requests, each with one token as before, and none came or went: nor did the queues change.
-                ids == state.ids and count == len(output.num_scheduled_tokens) == output.total_num_scheduled_tokens
-                and not gone and not looked and len(scheduler.running) == state.running
-            ):  # fmt: skip
-                if pending:
-                    # Each request that runs on asks once, and the engine lists the new blocks by request.
-                    owners = [entries[rid].number for rid in compress(ids, cached.new_block_ids)]
-                    owned = len(owners)
-                    if owned == len(pending) == 1:
-                        append(SCHED | 1 << 20)
-                        append(free.num_free_blocks)
-                        append(owners[0])
-                        append(0)
-                        pending.clear()
-                        log.events += 1
-                    elif owned == len(pending):
-                        end_call(0, (), owners, output.num_scheduled_tokens)
-                        pending.clear()
-                        log.events += owned
-                    else:
-                        end_call(0, (), hooks.owners(output), output.num_scheduled_tokens)
-                else:
-                    append(SCHED)
-                    append(free.num_free_blocks)
-                state.phase = OUTSIDE
-            else:
-                after_schedule(output, len(scheduler.running), queued() + set_aside())
-                count = output.total_num_scheduled_tokens
-            if count:
-                state.step += 1
-                steps.append(output)
+            if notes:
+                settle()
+            note((begin, clock()))
+            if at_once:
+                settle()
+            state.phase = RUNNING
         except Exception as error:
             log.fail(error)
+        output = original(*args, **kwargs)
+        state.phase = OUTSIDE
+        if not log.closed:
+            try:
+                note((end, output, free.num_free_blocks, len(scheduler.running), queued() + set_aside()))
+                if at_once:
+                    settle()
+            except Exception as error:
+                log.fail(error)
         return output
 
     return schedule
 
 
+def _get_grammar_bitmask(hooks: Hooks, original: Any) -> Any:
+    """The engine asks for it between handing a step to its workers and waiting for them: nobody waits for us here."""
+    log, state, notes, settle = hooks.log, hooks.state, hooks.notes.kept, hooks.notes.settle
+    words, write = log.words, log.write
+
+    def get_grammar_bitmask(*args: Any, **kwargs: Any) -> Any:
+        if notes:
+            try:
+                settle()
+                if state.phase == OUTSIDE:  # some old engines ask within the call
+                    write(words)
+                    log.committed = log.events
+            except Exception as error:
+                log.fail(error)
+        return original(*args, **kwargs)
+
+    return get_grammar_bitmask
+
+
 def _update_from_output(hooks: Hooks, original: Any) -> Any:
-    log, state, steps = hooks.log, hooks.state, hooks.state.steps
+    log, state, steps, notes, settle = hooks.log, hooks.state, hooks.state.steps, hooks.notes.kept, hooks.notes.settle
     clock, stamp, words, append, write = time.monotonic_ns, hooks.stamp, log.words, log.words.append, log.write
 
     def update_from_output(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         if log.closed:
             return original(scheduler_output, *args, **kwargs)
-        state.phase = UPDATING
-        if steps and steps[0] is scheduler_output:
-            now = clock()
-            delta = now - state.time
-            if 0 <= delta < MAX_DELTA:
-                state.time = now
-                append(delta << 4 | OUTPUT)
+        try:
+            if notes:
+                settle()
+            if steps and steps[0] is scheduler_output:
+                now = clock()
+                delta = now - state.time
+                if 0 <= delta < MAX_DELTA:
+                    state.time = now
+                    append(delta << 4 | OUTPUT)
+                else:
+                    stamp(OUTPUT, now)
+                del steps[0]
             else:
-                stamp(OUTPUT, now)
-            del steps[0]
-        else:
-            try:
                 hooks.skip(scheduler_output, clock())
-            except Exception as error:
-                log.fail(error)
+        except Exception as error:
+            log.fail(error)
+        state.phase = UPDATING
         result = original(scheduler_output, *args, **kwargs)
         state.phase = OUTSIDE
         if not log.closed:
             try:
-                commits = write(words)  # as Log.commit
+                write(words)  # as Log.commit
                 log.committed = log.events
-                if not commits & 31:
+                if not state.step & 31:
                     log.look()
                 if log.key_due:
                     hooks.frame()

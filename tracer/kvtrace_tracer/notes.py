@@ -1,0 +1,301 @@
+"""What the hooks note in the midst of a scheduler call, and how it is written out.
+
+Between two lines of ours the engine drives from the processor's caches all that the first had fetched, and what a hook
+pays is mostly the fetching. So the hooks inside a scheduler call only *note* what they see, and the notes of a call
+are encoded at once: while the model runs, which costs the engine nothing where that is on another device, or
+before the next thing is logged, whichever is first. The log is the same as if each had been written as it came.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Callable, Sequence
+from itertools import compress
+from typing import TYPE_CHECKING, Any
+
+from kvtrace_tracer.identity import EngineChain, as_number
+from kvtrace_tracer.state import MAX_DELTA
+from kvtrace_traces.schema import NO_REQUEST, OPS, SCHED_BIG, SCHED_COUNTS, SCHED_FULL, SCHED_WIDE
+
+if TYPE_CHECKING:
+    from kvtrace_tracer.hooks import Hooks
+
+ALLOC, ALLOCN, HIT, LOOKUP = OPS["ALLOC"].code, OPS["ALLOCN"].code, OPS["HIT"].code, OPS["LOOKUP"].code
+BEGIN, SCHED, FILL, FILL1 = OPS["BEGIN"].code, OPS["SCHED"].code, OPS["FILL"].code, OPS["FILL1"].code
+
+_FILL1 = struct.Struct("<Iq")
+
+
+class Notes:
+    """The notes of one recorder, oldest first (``kept``), each a list of blocks that the engine handed out, or a tuple:
+    one of the functions below and what to call it with.
+
+    - ``begin(now)``: a scheduler call began.
+    - ``fill(request, start, stop)``: blocks ``start`` to ``stop`` of a request became cached.
+    - ``lookup(request, asked, hit)``: a request was looked up; ``hit`` is tokens + 1, or 0 where it did not look.
+    - ``hit(blocks)``: the request looked up took references to these blocks (numbers).
+    - ``end(output, free, running, waiting)``: the call returned ``output``; free blocks, lengths of the queues.
+
+    :meth:`settle` encodes them. What is logged otherwise comes after it.
+    """
+
+    def __init__(self, hooks: Hooks) -> None:
+        self.kept: list[Any] = []
+        self._log, self._state = hooks.log, hooks.state
+        self._requests: dict[str, Any] = hooks.scheduler.requests
+        self._tables, self._inexact, self._full_sets = hooks.tables, hooks.inexact, hooks.full_sets
+        self._stamp, self._grow = hooks.stamp, hooks.grow
+        self._block_size, self._granule = hooks.block_size, hooks.chain.granule
+        self._number = as_number(hooks.keyed)
+        # Identities are then the engine's hashes, one a block.
+        self._plain = (
+            isinstance(hooks.chain, EngineChain)
+            and self._granule == getattr(hooks.manager.block_pool, "hash_block_size", None) == self._block_size
+        )
+        # Bound once: a bound method made for each note would be another object to touch.
+        self.begin, self.fill, self.lookup, self.hit, self.end = (
+            self._begin, self._fill(), self._lookup, self._hit, self._end,
+        )  # fmt: skip
+        self.settle = self._settle()
+
+    def forget(self) -> int:
+        """Drop the notes; returns the block events among them, which are lost."""
+        lost = sum(map(self._events, self.kept))
+        self.kept.clear()
+        return lost
+
+    def _events(self, note: Any) -> int:
+        if isinstance(note, list):
+            return len(note)
+        if note[0] is self.fill:
+            return int(note[3] - note[2])
+        return len(note[1]) if note[0] is self.hit else 0
+
+    def _settle(self) -> Callable[[], None]:
+        log, state, kept = self._log, self._state, self.kept
+        words, wait = log.words, state.pending.append
+        append, fromlist = words.append, words.fromlist
+
+        def settle() -> None:
+            """Encode the notes. What is lost after an error counts as emitted."""
+            rest = iter(kept)
+            try:
+                for note in rest:
+                    if type(note) is tuple:
+                        note[0](*note[1:])
+                        continue
+                    count = len(note)
+                    block = note[0].block_id
+                    if state.admitted is None:  # whose they are will be told with the call's end, and count then
+                        wait(block)
+                        log.events -= 1
+                    if count == 1:  # nearly all of decoding
+                        append(block << 4 | ALLOC)
+                    else:
+                        append(count << 4 | ALLOCN)
+                        fromlist([b.block_id for b in note])
+                    log.events += count
+            except BaseException:
+                log.events += sum(map(self._events, rest))
+                raise
+            finally:
+                kept.clear()
+
+        return settle
+
+    # ---------------------------------------------------------------- what is noted
+
+    def _begin(self, now: int) -> None:
+        state = self._state
+        state.admitted = None
+        delta = now - state.time
+        if 0 <= delta < MAX_DELTA:
+            state.time = now
+            self._log.words.append(delta << 4 | BEGIN)
+        else:
+            self._stamp(BEGIN, now)
+
+    def _fill(self) -> Callable[[Any, int, int], None]:
+        log, entries, grow = self._log, self._state.entries, self._grow
+        append, frombytes, pack = log.words.append, log.words.frombytes, _FILL1.pack
+        block_size, granule, number, plain = self._block_size, self._granule, self._number, self._plain
+
+        def fill(request: Any, start: int, stop: int) -> None:
+            entry = entries[request.request_id]
+            if plain and entry.chain == start == stop - 1 == entry.filled:
+                # One more block of generated tokens: nearly all of decoding.
+                frombytes(pack(entry.number << 4 | FILL1, number(request.block_hashes[start])))
+                entry.chain = entry.filled = stop
+                log.events += 1
+                return
+            if stop <= start:
+                return
+            if entry.filled != start:
+                raise RuntimeError(f"block {start} of a request cached after block {entry.filled}")
+            entry.filled = stop
+            log.events += stop - start
+            known = stop * block_size // granule
+            if known > entry.chain:
+                grow(entry, request, known)
+            append(entry.number << 4 | FILL)
+            append(stop - start)
+
+        return fill
+
+    def _lookup(self, request: Any, asked: int, hit: int) -> None:
+        state, rid = self._state, request.request_id
+        entry = state.entries[rid]
+        self._log.words.extend((entry.number << 4 | LOOKUP, asked, hit))
+        entry.filled = 0
+        state.admitted = entry
+        state.looked.append(rid)
+
+    def _hit(self, blocks: list[int]) -> None:
+        self._log.words.append(len(blocks) << 4 | HIT)
+        self._log.words.fromlist(blocks)
+        self._log.events += len(blocks)
+        assert self._state.admitted is not None
+        self._state.admitted.filled = len(blocks)
+
+    def _end(self, output: Any, free: int, running: int, waiting: int) -> None:
+        log, state, entries = self._log, self._state, self._state.entries
+        pending = state.pending
+        cached, scheduled = output.scheduled_cached_reqs, output.num_scheduled_tokens
+        ids = cached.req_ids
+        count = len(ids)
+        if (
+            # The same requests, each with one token as before, and none came or went: nor did the queues change.
+            ids == state.ids and count == len(scheduled) == output.total_num_scheduled_tokens
+            and not state.gone and not state.looked and running == state.running and waiting == state.waiting
+        ):  # fmt: skip
+            owners: Sequence[int] = ()
+            if pending:
+                # Each request that runs on asks once, and the engine lists the new blocks by request.
+                owners = [entries[ids[i]].number for i in compress(range(count), cached.new_block_ids)]
+                if len(owners) == len(pending):
+                    log.events += len(pending)
+                    pending.clear()
+                else:
+                    owners = self._owners(output)
+            self._sched(0, (), owners, scheduled, free)
+        else:
+            owners = self._owners(output) if pending else ()
+            flags, named = self._difference(scheduled)
+            if running != state.running or waiting != state.waiting:
+                flags |= SCHED_COUNTS
+                state.running, state.waiting = running, waiting
+            self._sched(flags, named, owners, scheduled, free)
+            state.last = scheduled
+            state.ids = None if state.special or self._full_sets else list(scheduled)
+        if output.total_num_scheduled_tokens:
+            state.step += 1
+            state.steps.append(output)
+
+    # ---------------------------------------------------------------- the end of a call
+
+    def _sched(
+        self, flags: int, named: Sequence[str], owners: Sequence[int], scheduled: dict[str, int], free: int
+    ) -> None:
+        """Append SCHED; see the schema."""
+        state, words = self._state, self._log.words
+        append = words.append
+        count, owned = len(named), len(owners)
+        base = 0
+        wide = False
+        if owned and max(owners) > 0xFFFF:
+            base = min(owners)
+            wide = max(owners) - base > 0xFFFF
+            if wide:
+                flags |= SCHED_WIDE
+        if count > 0xFFF or owned > 0xFFF:
+            words.extend(((flags | SCHED_BIG) << 4 | SCHED, count, owned))
+        else:
+            append((owned << 16 | count << 4 | flags) << 4 | SCHED)
+        append(free)
+        if flags & SCHED_COUNTS:
+            append(state.running)
+            append(state.waiting)
+        if count:
+            requests, entries = self._requests, state.entries
+            for rid in named:
+                tokens = scheduled[rid]
+                computed = requests[rid].num_computed_tokens - tokens
+                append(entries[rid].number)
+                append(tokens)
+                append(computed if computed > 0 else 0)
+        if wide:
+            words.extend(owners)
+        elif owned:
+            append(base)
+            offsets = array("H", [owner - base for owner in owners] if base else owners)
+            if owned & 1:
+                offsets.append(0)
+            words.frombytes(offsets.tobytes())
+
+    def _difference(self, scheduled: dict[str, int]) -> tuple[int, list[str]]:
+        """What the reader cannot guess of the scheduled set: flags and the ids to name."""
+        state = self._state
+        named: list[str] = []
+        if state.special:
+            expected = dict.fromkeys(state.last, 1)
+            for rid in state.gone:
+                expected.pop(rid, None)
+            named = [rid for rid in state.special if rid in scheduled and rid in expected]
+            for rid in named:
+                expected[rid] = scheduled[rid]
+        else:  # each had one token
+            expected = state.last.copy()
+            for rid in state.gone:
+                expected.pop(rid, None)
+        state.gone.clear()
+        if state.looked:
+            for rid in state.looked:
+                if rid in scheduled and rid not in expected:
+                    expected[rid] = scheduled[rid]
+                    named.append(rid)
+            state.looked.clear()
+        flags = 0
+        if self._full_sets or expected != scheduled:
+            flags, named = SCHED_FULL, list(scheduled)
+        state.special = [rid for rid in named if scheduled[rid] != 1]
+        return flags, named
+
+    def _owners(self, output: Any) -> list[int]:
+        """The owners of the running queue's allocations, in order: the engine lists the new blocks by request."""
+        state = self._state
+        pending, entries = state.pending, state.entries
+        cached = output.scheduled_cached_reqs
+        new = cached.new_block_ids
+        ids = list(compress(cached.req_ids, new))
+        if len(ids) == len(pending) and [groups[0][0] for groups in new if groups and groups[0]] == pending:
+            owners = [entries[rid].number for rid in ids]
+        else:
+            # Resumed requests are listed too, with all their blocks: the first new block decides.
+            owners = []
+            for rid, groups in zip(ids, compress(new, new), strict=True):
+                if len(owners) < len(pending) and groups[0] and groups[0][0] == pending[len(owners)]:
+                    owners.append(entries[rid].number)
+            if len(owners) != len(pending):
+                owners = self.search_owners()
+        self._log.events += len(pending)
+        pending.clear()
+        return owners
+
+    def search_owners(self) -> list[int]:
+        """The owners of the pending allocations by looking through the block tables: slow, and always right.
+
+        Requests admitted in this call are left out: what they hold of these blocks they hit after the owner filled it.
+        """
+        state = self._state
+        admitted = set(state.looked)
+        holder: dict[int, int] = {}
+        for rid, table in (self._tables or {}).items():
+            entry = state.entries.get(rid)
+            if entry is not None and rid not in admitted:
+                for block in table:
+                    holder[block.block_id] = entry.number
+        owners = [holder.get(block, NO_REQUEST) for block in state.pending]
+        if NO_REQUEST in owners:
+            self._inexact("unattributed-blocks")
+        return owners
