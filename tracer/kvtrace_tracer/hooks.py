@@ -1,4 +1,4 @@
-"""The hooks on a vLLM V1 scheduler: requests, steps, lookups, and when to commit.
+"""The hooks on a vLLM V1 scheduler for requests and lookups, and what all hooks share.
 
 Every hook calls the engine's own function exactly once, outside any ``try``, and returns what it returned; what the
 recorder does around it can fail only the recording. The hooks are set on the *instance*, so that pools and schedulers

@@ -1,4 +1,4 @@
-"""The recorder's end of the log: a buffer of 32-bit words, committed once a step."""
+"""The recorder's end of the log: a buffer of 32-bit words, committed when a step is under way and when it ends."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ class LogWriter:
         """Commit operations, if there are any, and take them out of ``words``, whose first :data:`LEFT_WORDS` words are
         ours and stay. Returns how many commits there were.
 
-        This runs once a step in the serving thread: the common case is written out, with the fewest calls and copies.
+        This runs in every step in the serving thread: the common case is written out, with the fewest calls and copies.
         The words that are ours take the tag and the length, so that the checksum needs no bytes but these; all of it
         is stored four bytes on, where the operations belong, and then the head over what is not in its place.
         """
