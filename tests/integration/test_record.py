@@ -167,7 +167,7 @@ def test_a_bug_in_the_tracer_is_no_bug_in_the_server(weighted_model: Path, tmp_p
         site = tmp_path / name
         site.mkdir()
         (site / "sitecustomize.py").write_text(
-            "import kvtrace_tracer.identity, kvtrace_tracer.hooks, kvtrace_tracer.notes, kvtrace_tracer.log, kvtrace_tracer.attach\n"
+            "import kvtrace_tracer.identity, kvtrace_tracer.notes, kvtrace_tracer.log, kvtrace_tracer.attach\n"
             "def boom(*args, **kwargs):\n    raise RuntimeError('on purpose')\n" + patch + "\n"
         )
         done = run(
