@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,7 @@ def all_ways(folder: str, model: str, seed: int, settings: dict[str, Any]) -> di
         finally:
             kvtrace_tracer.header.follows_tables = follows
         stub.asks = way == "meanwhile"
+        stub.meanwhile = _disturb(stub, seed)
         drive(stub, workloads.mixed(seed, 16) + workloads.thrashing(seed))
         stub.close()
         traces[way] = open_trace(place)
@@ -184,4 +186,70 @@ def all_ways(folder: str, model: str, seed: int, settings: dict[str, Any]) -> di
             frames.append(frame.drop("time_ns", "arrival_ns", "finish_ns", "group", strict=False))
         equal[table] = all(frames[0].equals(other) for other in frames[1:])
     one = traces["meanwhile"]
-    return {"equal": equal, "events": one.info["events"], "preemptions": one.preemptions.height}
+    aborted = int((one.requests["finish_reason"] == "abort").sum())
+    return {
+        "equal": equal, "events": one.info["events"], "preemptions": one.preemptions.height, "aborted": aborted,
+    }  # fmt: skip
+
+
+def _disturb(stub: Any, seed: int) -> Callable[[int], None]:
+    """Aborts and adds requests while a step is under way; the same ones in each run."""
+
+    def meanwhile(step: int) -> None:
+        rng = random.Random(seed * 100_003 + step)
+        if rng.random() < 0.05:
+            stub.abort(rng.randrange(len(stub.requests)))
+        if step < 200 and rng.random() < 0.05:
+            stub.add(workloads.tokens(rng, 30), 20)
+
+    return meanwhile
+
+
+def short_bursts(folder: str, model: str, frame_bytes: int) -> int:
+    """Asynchronous runs of two steps each, after one of one step; returns how many frames were begun."""
+    import kvtrace_tracer.log
+
+    from .stub import StubEngine
+
+    usual, kvtrace_tracer.log.FRAME_BYTES = kvtrace_tracer.log.FRAME_BYTES, frame_bytes
+    try:
+        with traced(folder):
+            stub = StubEngine(model, num_blocks=200, async_scheduling=True)
+        log, frames = stub.scheduler._kvtrace.log, 0
+        begin_frame = log.begin_frame
+
+        def begin() -> None:
+            nonlocal frames
+            frames += 1
+            begin_frame()
+
+        log.begin_frame = begin
+        for i in range(300):
+            stub.add([7 + i] * 40, 2 if i else 1)
+            stub.run()
+        stub.close()
+    finally:
+        kvtrace_tracer.log.FRAME_BYTES = usual
+    return frames
+
+
+def kept_after_the_end(folder: str, model: str) -> int:
+    """Notes that remain where hooks stay behind, as someone else wrapped them, after the recording failed."""
+    from .stub import StubEngine
+
+    with traced(folder):
+        stub = StubEngine(model, num_blocks=200)
+    manager = stub.scheduler.kv_cache_manager
+    for target, name in (
+        (manager, "get_computed_blocks"),
+        *((manager.block_pool, name) for name in ("get_new_blocks", "cache_full_blocks", "touch")),
+    ):
+        inner = getattr(target, name)
+        setattr(target, name, lambda *a, inner=inner, **k: inner(*a, **k))
+    hooks = stub.scheduler._kvtrace
+    hooks.log.fail(RuntimeError("on purpose"))
+    for i in range(50):
+        stub.add([5 + i] * 40, 20)
+    stub.run()
+    stub.close()
+    return len(hooks.notes.kept)

@@ -36,7 +36,8 @@ class StubEngine:
     `token(request, position)` scripts the outputs. Attributes: scheduler, outputs (list of token lists by
     request number), observer (Observer, or None with `observe=False`, as for measurements), requests (vLLM's
     Request objects), steps (calls of `schedule`), asks (whether it asks for grammars while the model runs, as
-    engines do since 0.12). Times and priorities of arrival are the request's number, so that ties cannot depend
+    engines do since 0.12), meanwhile (called with `steps` while the model would run: engines take in aborts
+    then). Times and priorities of arrival are the request's number, so that ties cannot depend
     on the clock.
     """
 
@@ -120,6 +121,7 @@ class StubEngine:
         self.finish_reasons: list[str | None] = []
         self.steps = 0
         self.asks = True
+        self.meanwhile: Callable[[int], None] | None = None
         self._numbers: dict[str, int] = {}
         self._scripts: list[list[int] | None] = []
         self._token = token
@@ -196,6 +198,8 @@ class StubEngine:
             if self.asks and self.steps % 4:  # where sampling has to wait, the engine asks later or not at all
                 self.scheduler.get_grammar_bitmask(scheduled)
             self._in_flight.appendleft((scheduled, self._execute(scheduled)))
+            if self.meanwhile is not None:
+                self.meanwhile(self.steps)
             executed = scheduled.total_num_scheduled_tokens > 0
             if len(self._in_flight) < self._depth and (executed or self.scheduler.has_requests()):
                 return

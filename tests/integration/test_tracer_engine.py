@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 
 from engine_support import scenarios
 from engine_support.worker import Worker
+from kvtrace_traces import open_trace
 
 pytestmark = pytest.mark.engine
 
@@ -99,4 +102,38 @@ def test_every_way_of_recording_says_the_same(
     )
     assert found["events"] > 1000
     assert found["preemptions"] > 0
+    assert found["aborted"] > 0
     assert all(found["equal"].values()), found
+
+
+def test_frames_come_however_steps_are_grouped(engine_worker: Worker, tiny_model: Path, tmp_path: Path) -> None:
+    frames = engine_worker.call(scenarios.short_bursts, folder=str(tmp_path), model=str(tiny_model), frame_bytes=2000)
+    assert frames > 10
+
+
+def test_nothing_is_kept_after_the_end(engine_worker: Worker, tiny_model: Path, tmp_path: Path) -> None:
+    assert engine_worker.call(scenarios.kept_after_the_end, folder=str(tmp_path), model=str(tiny_model)) == 0
+
+
+def test_a_call_under_way_is_in_the_log_when_the_process_ends(tiny_model: Path, tmp_path: Path) -> None:
+    """As after Ctrl-C in the midst of a step of an engine that nobody shuts down."""
+    code = f"""
+from engine_support.scenarios import traced
+from engine_support.stub import StubEngine
+with traced({str(tmp_path / "log")!r}):
+    stub = StubEngine({str(tiny_model)!r})
+stub.asks = False
+stub.add([5] * 40, 5)
+stub.step()
+stub.add(list(range(10, 80)), 5)
+stub.scheduler.schedule()
+raise KeyboardInterrupt
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
+    )
+    assert "KeyboardInterrupt" in done.stderr, done.stderr[-2000:]
+    info = open_trace(tmp_path / "log").info
+    assert info["complete"]
+    assert (info["steps"], info["dropped"]) == (2, 0)
+    assert info["events"] > 5

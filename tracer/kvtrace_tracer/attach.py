@@ -42,9 +42,20 @@ def attach(scheduler: Any, settings: Settings) -> Log:
         if hooks is not None:
             hooks.remove()
 
+    def close() -> None:
+        # At exit the engine may still be there, and a call under way. (Of one that was freed in mid-call, that call is
+        # not in the log.)
+        hooks = getattr(reference(), "_kvtrace", None)
+        if hooks is not None and not log.closed:
+            try:
+                hooks.notes.settle()
+            except Exception as error:
+                log.fail(error)
+        log.close()
+
     log = Log(writer, header["clock_monotonic_ns"], on_stop)
     # Runs when the engine is freed, and at exit where the process gives it the chance.
-    weakref.finalize(scheduler, log.close)
+    weakref.finalize(scheduler, close)
     os.register_at_fork(after_in_child=_forget(log))
     try:
         # Kept on the scheduler alone: a reference from the log would keep the engine alive for ever.

@@ -203,13 +203,13 @@ def _free(hooks: Hooks, original: Any, freeing: _Freeing) -> Any:
             entry = entries.get(rid)
             held = len(tables.get(rid, ()))
             if entry is not None:
+                hooks.notes.settle()
                 if request.is_finished():
                     if held:
                         append(entry.number << 4 | FREE)
                         append(held)
                     del entries[rid]
                 else:
-                    hooks.notes.settle()
                     if state.pending and hooks.priority:
                         # The victim may own blocks of this very call, which the engine will not list.
                         log.ext("OWN", *hooks.notes.search_owners())

@@ -215,6 +215,8 @@ class Hooks:
 
             def get_computed_blocks(request: Any) -> Any:
                 found = original(request)
+                if log.closed:  # this hook may still be there where someone else has wrapped it
+                    return found
                 try:
                     # What was found was looked for.
                     hit = found[1] + 1 if found[1] or counted(request) else 0

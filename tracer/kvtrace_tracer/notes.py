@@ -69,38 +69,44 @@ class Notes:
         if isinstance(note, list):
             return len(note)
         if note[0] is self.fill:
-            return int(note[3] - note[2])
+            return max(0, int(note[3] - note[2]))
         return len(note[1]) if note[0] is self.hit else 0
 
     def _settle(self) -> Callable[[], None]:
         log, state, kept = self._log, self._state, self.kept
-        words, wait = log.words, state.pending.append
-        append, fromlist = words.append, words.fromlist
+        pending, append, fromlist = state.pending, log.words.append, log.words.fromlist
+
+        def hand_out(blocks: list[Any]) -> None:
+            count = len(blocks)
+            block = blocks[0].block_id
+            if state.admitted is None:  # whose they are will be told with the call's end; the first counts then
+                pending.append(block)
+                log.events -= 1
+            if count == 1:  # nearly all of decoding
+                append(block << 4 | ALLOC)
+            else:
+                append(count << 4 | ALLOCN)
+                fromlist([b.block_id for b in blocks])
+            log.events += count
 
         def settle() -> None:
-            """Encode the notes. What is lost after an error counts as emitted."""
+            """Encode the notes. After an error all of them count as emitted, and what is not committed as lost."""
+            before = log.events + len(pending)
             rest = iter(kept)
             try:
                 for note in rest:
                     if type(note) is tuple:
                         note[0](*note[1:])
-                        continue
-                    count = len(note)
-                    block = note[0].block_id
-                    if state.admitted is None:  # whose they are will be told with the call's end, and count then
-                        wait(block)
-                        log.events -= 1
-                    if count == 1:  # nearly all of decoding
-                        append(block << 4 | ALLOC)
-                    else:
-                        append(count << 4 | ALLOCN)
-                        fromlist([b.block_id for b in note])
-                    log.events += count
-            except BaseException:
-                log.events += sum(map(self._events, rest))
-                raise
-            finally:
+                    elif note:
+                        hand_out(note)
+            except Exception:
+                log.events = before + sum(map(self._events, kept)) - len(pending)
                 kept.clear()
+                raise
+            except BaseException:  # out of a signal's handler: who comes next writes what is left
+                kept[:] = list(rest)
+                raise
+            kept.clear()
 
         return settle
 

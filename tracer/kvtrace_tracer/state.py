@@ -35,13 +35,14 @@ class State:
     ``special``: ids in ``last`` with another number of tokens than one; ``gone``: ids finished or preempted since;
     ``looked``: ids looked up in this call; ``admitted``: the last of them, else None; ``pending``: first block of each
     allocation whose owner is not told yet (it is not among ``Log.events`` so far); ``steps``: scheduler outputs without
-    a model output, oldest first; ``time``: the clock at the last BEGIN or OUTPUT; ``transfers``: number of the next
-    transfer to or from a slower tier. But for ``phase`` they follow the log: notes count when they are encoded.
+    a model output, oldest first; ``look``: the step to see at whether a frame is due; ``time``: the clock at the last
+    BEGIN or OUTPUT; ``transfers``: number of the next transfer to or from a slower tier. But for ``phase`` they follow
+    the log: notes count when they are encoded.
     """
 
     __slots__ = (
-        "admitted", "entries", "gone", "ids", "last", "looked", "pending", "phase", "requests", "running", "special",
-        "step", "steps", "time", "transfers", "waiting",
+        "admitted", "entries", "gone", "ids", "last", "look", "looked", "pending", "phase", "requests", "running",
+        "special", "step", "steps", "time", "transfers", "waiting",
     )  # fmt: skip
 
     def __init__(self, time: int) -> None:
@@ -57,6 +58,7 @@ class State:
         self.admitted: Entry | None = None
         self.phase = OUTSIDE
         self.step = 0
+        self.look = 32
         self.steps: list[Any] = []
         self.running = 0
         self.waiting = 0

@@ -108,7 +108,8 @@ def _update_from_output(hooks: Hooks, original: Any) -> Any:
             try:
                 write(words)  # as Log.commit
                 log.committed = log.events
-                if not state.step & 31:
+                if state.step >= state.look:
+                    state.look = state.step + 32
                     log.look()
                 if log.key_due:
                     hooks.frame()
