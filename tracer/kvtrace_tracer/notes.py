@@ -1,9 +1,9 @@
 """What the hooks note in the midst of a scheduler call, and how it is written out.
 
-Between two lines of ours the engine drives from the processor's caches all that the first had fetched, and what a hook
-pays is mostly the fetching. So the hooks inside a scheduler call only *note* what they see, and the notes of a call
-are encoded at once: while the model runs, which costs the engine nothing where that is on another device, or
-before the next thing is logged, whichever is first. The log is the same as if each had been written as it came.
+From one hook to the next the engine drives from the processor's caches all that ours had fetched, and what a hook pays
+is mostly the fetching. So the hooks inside a scheduler call only *note* what they see, and the notes of a call are
+encoded together: while the model runs, which costs the engine nothing where that is on another device, or before
+anything else is logged, whichever is first. The log says the same as if each had been written as it came.
 """
 
 from __future__ import annotations
