@@ -112,7 +112,8 @@ def test_a_server_with_clients_that_hang_up(weighted_model: Path, tmp_path: Path
             dice = random.Random(number)
             prompt = dice.choice(shared) + tokens(dice, dice.randrange(1, 150))
             if dice.random() < 0.4:
-                return server.abandon(prompt, 200, dice.randrange(1, 60))
+                # Long enough that a server on a busy machine hears of it before the last token.
+                return server.abandon(prompt, 600, dice.randrange(1, 60))
             server.complete(prompt, dice.randrange(5, 150))
             return False
 
@@ -124,8 +125,7 @@ def test_a_server_with_clients_that_hang_up(weighted_model: Path, tmp_path: Path
     assert not found.wrong, "\n".join(found.wrong)
     for what in ("preemptions", "hit", "evict", "chunks", "late", "aborted"):
         assert found.happened[what], dict(found.happened)
-    # How many had ended when the server heard of it is a matter of how busy the machine is.
-    assert found.happened["aborted"] <= hung_up
+    assert found.happened["aborted"] > hung_up / 4  # the others had ended when the server heard of it
 
 
 @pytest.mark.parametrize("sample", ["chat.kvt", "thrash.kvt"])

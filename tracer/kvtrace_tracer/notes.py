@@ -15,7 +15,6 @@ from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 from kvtrace_tracer.identity import EngineChain, as_number
-from kvtrace_tracer.state import MAX_DELTA
 from kvtrace_traces.schema import NO_REQUEST, OPS, SCHED_BIG, SCHED_COUNTS, SCHED_FULL, SCHED_WIDE
 
 if TYPE_CHECKING:
@@ -113,14 +112,8 @@ class Notes:
     # ---------------------------------------------------------------- what is noted
 
     def _begin(self, now: int) -> None:
-        state = self._state
-        state.admitted = None
-        delta = now - state.time
-        if 0 <= delta < MAX_DELTA:
-            state.time = now
-            self._log.words.append(delta << 4 | BEGIN)
-        else:
-            self._stamp(BEGIN, now)
+        self._state.admitted = None
+        self._stamp(BEGIN, now)
 
     def _fill(self) -> Callable[[Any, int, int], None]:
         log, entries, grow = self._log, self._state.entries, self._grow
