@@ -80,6 +80,7 @@ def enlarged(n_requests: int, seed: int = 7) -> tuple[Recorded, Settings]:
         arrival_step=(np.arange(n_requests) * STEPS_PER_REQUEST).astype(np.int32),
         arrival_late=np.zeros(n_requests, bool),
         abort_step=np.full(n_requests, -2, np.int32),
+        abort_calls=np.zeros(n_requests, np.int32),
         abort_early=np.zeros(n_requests, bool),
         abort_ns=np.zeros(n_requests, np.int64),
         tenant=np.zeros(n_requests, np.uint64),

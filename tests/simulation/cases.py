@@ -169,3 +169,15 @@ def random_case(
             )
         )
     return Case(settings, requests, bodies)
+
+
+def aborted_after_empty_calls(case: Case, seed: int) -> Case:
+    """The case with a third of its requests aborted, most of these after calls without tokens."""
+    r = random.Random(seed)
+    requests = [
+        replace(one, abort_step=one.arrival_step + r.randint(0, 20), abort_calls=r.choice([0, 1, 1, 2, 3]))
+        if r.random() < 0.35
+        else one
+        for one in case.requests
+    ]
+    return replace(case, requests=requests)

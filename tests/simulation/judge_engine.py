@@ -349,8 +349,11 @@ class Judge:
     def _abort(self, absent: set[int]) -> None:
         from vllm.v1.request import RequestStatus
 
-        for number, spec in enumerate(self.case["requests"]):
-            if number not in absent and spec["abort_step"] is not None and spec["abort_step"] < self.begun:
+        specs = self.case["requests"]
+        due = [n for n, spec in enumerate(specs) if n not in absent and spec["abort_step"] is not None]
+        for number in sorted(due, key=lambda n: (specs[n]["abort_step"], specs[n]["abort_calls"])):
+            after, calls = specs[number]["abort_step"], specs[number]["abort_calls"]
+            if after < self.begun - 1 or (after == self.begun - 1 and self.empty >= calls):
                 self.scheduler.finish_requests([self.requests[number].request_id], RequestStatus.FINISHED_ABORTED)
 
     def _call(self) -> Any:

@@ -60,6 +60,7 @@ def as_recorded(case: Any, step_ns: int = 1000, version: str = "0.32.0") -> Reco
         arrival_step=numbers(r.arrival_step for r in requests),
         arrival_late=np.zeros(n, bool),
         abort_step=numbers(NEVER if r.abort_step is None else r.abort_step for r in requests),
+        abort_calls=numbers(r.abort_calls for r in requests),
         abort_early=np.zeros(n, bool),
         # Those aborted at one step in the order of their numbers.
         abort_ns=numbers(((r.abort_step or 0) * step_ns + i for i, r in zip(order, requests, strict=True)), np.int64),

@@ -9,6 +9,7 @@ asynchronously and output arrives after a preemption; 0.10.2 stands for the vers
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from kvtrace_replay.schedulers.families import rules_of
 from kvtrace_traces.errors import UsageError
 from kvtrace_traces.schema import FINISH_REASONS
 
-from .cases import RARE, Case, random_case
+from .cases import RARE, Case, aborted_after_empty_calls, random_case
 from .kernel import by_arrival, difference, kernel_run, totals, twin_in_words
 from .twin import CannotFinish, Run, simulate
 
@@ -170,6 +171,19 @@ def test_kinds_of_settings_apart(policy: str, asynchronous: bool) -> None:
     """Each kind often enough, whatever the other tests happen to draw."""
     runs = all_compared({seed: random_case(seed, asynchronous=asynchronous, policy=policy) for seed in range(12)})
     assert any(run.preemptions for run in runs)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_aborts_after_calls_without_tokens(asynchronous: bool) -> None:
+    cases = {
+        seed: aborted_after_empty_calls(random_case(seed, asynchronous=asynchronous), seed) for seed in range(700, 780)
+    }
+    runs = all_compared(cases)
+    at_once = [
+        simulate([replace(one, abort_calls=0) for one in case.requests], case.settings) for case in cases.values()
+    ]
+    # It matters which of the calls after a step an abort comes before.
+    assert sum(run != other for run, other in zip(runs, at_once, strict=True)) > 3
 
 
 @pytest.mark.parametrize("seed", ENDLESS)

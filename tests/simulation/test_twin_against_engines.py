@@ -19,7 +19,7 @@ import pytest
 from kvtrace_replay.schedulers.families import NEWEST, VICTIM_STAYS_SCHEDULED, rules_of
 from kvtrace_traces.errors import UsageError
 
-from .cases import RARE, Case, random_case
+from .cases import RARE, Case, aborted_after_empty_calls, random_case
 from .fuzz_twin import compare
 from .judge import Endless, JudgeError, JudgeProcess, Unavailable, unpack
 from .kernel import difference, kernel_run, twin_in_words
@@ -101,6 +101,10 @@ def test_the_installed_version(tiny_model: Path) -> None:
         for n, seed in enumerate(range(500, 500 + INSTALLED))
     ]
     cases += [(f"rare, seed {seed}", random_case(seed, policy="priority"), False) for seed in RARE[:4]]
+    cases += [
+        (f"aborts between empty calls, seed {seed}", aborted_after_empty_calls(random_case(seed), seed), False)
+        for seed in range(600, 600 + INSTALLED)
+    ]
     with JudgeProcess() as judge:
         counts = judged(cases, judge, str(tiny_model))
     assert counts["runs"] == len(cases)

@@ -39,6 +39,7 @@ class Request:
     request_id: str = ""
     abort_step: int | None = None
     no_read: bool = False
+    abort_calls: int = 0  # calls without tokens after that step
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,8 @@ class _Engine:
             if self._has_requests():
                 busy, preempted = any(batch.scheduled for batch in queue), len(self.preempted)
                 batch = self._call()
-                if not batch.scheduled and not busy and len(self.preempted) == preempted and self._unfinished():
+                calm = not busy and len(self.preempted) == preempted and not self._abort_awaits_calls()
+                if not batch.scheduled and calm and self._unfinished():
                     raise CannotFinish(f"nothing can be scheduled at step {self.begun}: requests wait for ever")
                 queue.append(batch)
                 if len(queue) < depth and (batch.scheduled or self._has_requests()):
@@ -210,7 +212,14 @@ class _Engine:
         """The engine idles until position `following`."""
 
     def _aborted(self, one: Live) -> bool:
-        return one.request.abort_step is not None and one.request.abort_step < self.begun
+        step = one.request.abort_step
+        if step is None or step != self.begun - 1:
+            return step is not None and step < self.begun
+        return self.empty >= one.request.abort_calls
+
+    def _abort_awaits_calls(self) -> bool:
+        live = [one.request for one in self.live if one.status in ("waiting", "running")]
+        return any(r.abort_step == self.begun - 1 and r.abort_calls > self.empty for r in live)
 
     def _unfinished(self) -> bool:
         return bool(self.waiting or self.running)
@@ -226,6 +235,7 @@ class _Engine:
 
     def _abort(self) -> None:
         due = [one for one in self.live if one.status in ("waiting", "running") and self._aborted(one)]
+        due.sort(key=lambda one: (one.request.abort_step, one.request.abort_calls))
         for one in due if self.on("aborts-in-order") else reversed(due):
             (self.running if one.status == "running" else self.waiting).remove(one)
             self._finish(one, "abort")

@@ -24,7 +24,7 @@ from kvtrace_traces.played import (
 )  # fmt: skip
 from kvtrace_traces.rare import arrive, extended, resume
 from kvtrace_traces.rows import (
-    ALLOCATED, EVICTED, FILLED, FREED, HITS, R_FINISH_NS, R_FINISH_STEP, R_OUTPUT, R_REASON, S_END,
+    ALLOCATED, EVICTED, FILLED, FREED, HITS, R_FINISH_EMPTY, R_FINISH_NS, R_FINISH_STEP, R_OUTPUT, R_REASON, S_END,
 )  # fmt: skip
 from kvtrace_traces.scheduled import begin_call, end_call
 from kvtrace_traces.survey import (
@@ -154,6 +154,7 @@ def play(
                 requests32[R_REASON, operand] = np.int64(words[at + 1])
                 requests32[R_OUTPUT, operand] = np.int64(words[at + 2])
                 requests32[R_FINISH_STEP, operand] = now_step(state)
+                requests32[R_FINISH_EMPTY, operand] = state[C_EMPTY]
                 requests64[R_FINISH_NS, operand] = state[C_TIME]
             elif op == BEGIN:
                 state[C_TIME] += operand

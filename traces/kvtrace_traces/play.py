@@ -112,7 +112,8 @@ def _room(most: int) -> Events:
 def _empty_rows(counts: NDArray[np.int64]) -> rows.Rows:
     """Arrays with room for all rows that the first pass has counted, but for block events."""
     total = int(counts[survey.N_REQUESTS])
-    requests32, requests64 = np.full((16, total), -1, np.int32), np.full((5, total), -1, np.int64)
+    requests32 = np.full((rows.R_FINISH_EMPTY + 1, total), -1, np.int32)
+    requests64 = np.full((rows.R_ID_AT + 1, total), -1, np.int64)
     requests32[rows.R_PREEMPTIONS] = 0
     requests32[rows.R_ID_BYTES] = 0
     requests64[rows.R_TENANT] = 0

@@ -13,7 +13,7 @@ ALLOCATED, HITS, FILLED, FREED, EVICTED, RESET, STORED, LOADED = range(len(BLOCK
 
 # Rows of the int32 and int64 arrays of requests.
 (R_ARRIVAL_STEP, R_PROMPT, R_OUTPUT, R_MAX, R_PRIORITY, R_FLAGS, R_CACHED, R_PREEMPTIONS, R_FIRST, R_LAST,
- R_FINISH_STEP, R_REASON, R_ID_BYTES, R_TYPE, R_TURN, R_PARENT) = range(16)  # fmt: skip
+ R_FINISH_STEP, R_REASON, R_ID_BYTES, R_TYPE, R_TURN, R_PARENT, R_FINISH_EMPTY) = range(17)  # fmt: skip
 R_ARRIVAL_NS, R_ARRIVAL_S, R_TENANT, R_FINISH_NS, R_ID_AT = range(5)
 # Rows of the int32 arrays of steps, spans, lookups, preemptions and block events; S_START and S_END of an int64 one.
 S_STEP, S_REQUESTS, S_TOKENS, S_RUNNING, S_WAITING, S_FREE, S_PREEMPTED, S_EMPTY = range(8)

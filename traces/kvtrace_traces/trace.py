@@ -311,6 +311,7 @@ def _requests(decoded: Decoded) -> dict[str, Any]:
         "first_step": small[rows.R_FIRST],
         "last_step": small[rows.R_LAST],
         "finish_step": small[rows.R_FINISH_STEP],
+        "finish_empty_calls": small[rows.R_FINISH_EMPTY],
         "finish_ns": large[rows.R_FINISH_NS],
         "finish_reason": np.where((reason >= len(FINISH_REASONS)) | (reason < -1), other, reason).astype(np.int8),
         "chain_granules": np.diff(decoded.chains.indptr)[chosen].astype(np.int32),

@@ -98,6 +98,7 @@ def recorded_import(trace: Any, header: dict[str, Any], shares: bool = True, tim
         arrival_step=zeros,
         arrival_late=no,
         abort_step=zeros - 2,
+        abort_calls=zeros,
         abort_early=no,
         abort_ns=np.zeros(n, np.int64),
         arrival_ns=due,

@@ -40,6 +40,7 @@ class Recorded:
         arrival_late: bool; recorded with asynchronous scheduling: whether all outputs of the steps before had arrived,
             that is, whether the engine had run dry.
         abort_step: int32; the last step begun when it was aborted, -1 before the first, -2 for never.
+        abort_calls: int32; calls without tokens since that step, if it was there before them.
         abort_early: bool; whether an output was still to come that the engine waited for.
         abort_ns, arrival_ns: int64; by the clock of the log.
         due_ns: int64; when it arrives, in ns since the first did: what `--arrivals time` goes by. Recorded at the front
@@ -63,6 +64,7 @@ class Recorded:
     arrival_step: I32
     arrival_late: npt.NDArray[np.bool_]
     abort_step: I32
+    abort_calls: I32
     abort_early: npt.NDArray[np.bool_]
     abort_ns: I64
     arrival_ns: I64
@@ -136,17 +138,19 @@ class Recorded:
         return np.ascontiguousarray(rows)
 
     def aborts(self, how: str = "step") -> I64:
-        """int64[m, 3]: (due, whether late, request); when each is aborted, in order. By "time" each is aborted so long
-        after its arrival as it was; else at the recorded steps."""
+        """int64[m, 4]: (due, whether late, request, calls without tokens that come before); when each is aborted, in
+        order. By "time" each is aborted so long after its arrival as it was; else at the recorded calls."""
         aborted = np.flatnonzero(self.abort_step >= -1)
         if how == "time":
             due = self.due_ns[aborted] + np.maximum(self.abort_ns - self.arrival_ns, 0)[aborted]
             late = np.ones(aborted.size, bool)
+            calls = np.zeros(aborted.size, np.int64)
         else:
             due = self.abort_step[aborted].astype(np.int64) + 1
             late = ~self.abort_early[aborted]
-        rows = np.stack([due, late, aborted], axis=1).astype(np.int64)
-        return np.ascontiguousarray(rows[np.lexsort((self.abort_ns[aborted], late, due))])
+            calls = self.abort_calls[aborted].astype(np.int64)
+        rows = np.stack([due, late, aborted, calls], axis=1).astype(np.int64)
+        return np.ascontiguousarray(rows[np.lexsort((self.abort_ns[aborted], late, calls, due))])
 
 
 def recorded(trace: Any, engine_index: int | None = None, carried: bool = False) -> Recorded:
@@ -176,10 +180,12 @@ def recorded(trace: Any, engine_index: int | None = None, carried: bool = False)
     limit = int(header.get("max_model_len") or np.iinfo(np.int32).max)
     stop = np.where(finished & ~aborted, numbers["prompt"] + numbers["output"], most)
     reason = np.where(finished & ~aborted, numbers["reason"], LENGTH)
-    # The output that a step's end waits for: under way when the abort came.
+    # The output that the engine waited for when the abort came: at a depth of two that of the call before the last one,
+    # which is the last step's where a call without tokens followed.
     ends = steps["end_ns"].cast(pl.Int64).fill_null(np.iinfo(np.int64).max).to_numpy()
     behind = 1 if header["scheduler"].get("async_scheduling") else 0
-    of = np.clip(numbers["finish_step"] - behind, 0, len(ends) - 1)
+    behind_last = np.where(numbers["finish_calls"] > 0, 0, behind)
+    of = np.clip(numbers["finish_step"] - behind_last, 0, len(ends) - 1)
     first_ns = int(steps["start_ns"][0])
     before = numbers["finish_ns"] < first_ns
     start = carried_start(trace, header, first_ns) if carried else None
@@ -187,7 +193,7 @@ def recorded(trace: Any, engine_index: int | None = None, carried: bool = False)
     if start is not None:
         due_ns = since_begin(requests, due_ns, first_ns, start.n_requests)
         if start.due:
-            waited = np.where(numbers["finish_step"] < behind, first_ns + start.due_ns, waited)
+            waited = np.where(numbers["finish_step"] < behind_last, first_ns + start.due_ns, waited)
     abort_step = np.where(aborted, np.where(before, -1, numbers["finish_step"]), -2)
     events = trace.block_events
     return Recorded(
@@ -205,6 +211,8 @@ def recorded(trace: Any, engine_index: int | None = None, carried: bool = False)
         & (numbers["arrival_step"] > 0)
         & (numbers["arrival_ns"] >= ends[np.clip(numbers["arrival_step"] - 1, 0, len(ends) - 1)]),
         abort_step=abort_step.astype(np.int32),
+        # Who came after that step was not there in all of these calls: an engine may have idled before.
+        abort_calls=np.where(numbers["arrival_step"] > abort_step, 0, numbers["finish_calls"]).astype(np.int32),
         abort_early=aborted & (numbers["finish_ns"] < waited),
         abort_ns=numbers["finish_ns"],
         arrival_ns=numbers["arrival_ns"],
@@ -255,6 +263,7 @@ def _columns(requests: pl.DataFrame) -> dict[str, Any]:
         "arrival_step": number("arrival_step"),
         "arrival_ns": number("arrival_ns"),
         "finish_step": number("finish_step"),
+        "finish_calls": number("finish_empty_calls"),
         "finish_ns": number("finish_ns"),
         "reason": reason,
         "finished": reason >= 0,

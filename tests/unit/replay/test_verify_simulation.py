@@ -17,7 +17,7 @@ from kvtrace_replay.schedulers.recorded import recorded
 from kvtrace_replay.schedulers.settings import own_settings
 from kvtrace_replay.verify import verify
 from kvtrace_traces import open_trace, wire
-from simulation.cases import random_case
+from simulation.cases import Case, aborted_after_empty_calls, random_case
 from simulation.kernel import as_recorded, as_settings
 
 SAMPLES = Path(__file__).resolve().parents[3] / "traces" / "samples"
@@ -227,9 +227,8 @@ def test_a_simulated_run_comes_out_again(tmp_path: Path) -> None:
             assert not [check for check in found["checks"] if check["mismatches"] or check["skipped"]]
 
 
-def random_run(seed: int, place: Path, longer: int = 0) -> Any:
-    """A random case simulated, opened; where `longer`, requests run on by so many tokens that nobody knows."""
-    case = random_case(seed)
+def random_run(case: Case, place: Path, longer: int = 0) -> Any:
+    """A case simulated, opened; where `longer`, requests run on by so many tokens that nobody knows."""
     source, settings = as_recorded(case), as_settings(case.settings)
     most = min((settings.num_blocks - 1) * settings.block_size, settings.max_model_len)
     stop = np.minimum(source.stop + longer, np.maximum(source.stop, most)).astype(np.int32)
@@ -242,13 +241,19 @@ def random_run(seed: int, place: Path, longer: int = 0) -> Any:
 #: that preempted it.
 @pytest.mark.parametrize("seed", [9, 45, 51, 117, 138, 159, 175, *range(200, 230)])
 def test_random_runs_have_no_mismatch(seed: int, tmp_path: Path) -> None:
-    found = verify(random_run(seed, tmp_path / "run.kvt"))
+    found = verify(random_run(random_case(seed), tmp_path / "run.kvt"))
+    assert not [check for check in found["checks"] if check["mismatches"] or check["skipped"]]
+
+
+@pytest.mark.parametrize("seed", range(316, 346))
+def test_runs_with_aborts_after_calls_without_tokens(seed: int, tmp_path: Path) -> None:
+    found = verify(random_run(aborted_after_empty_calls(random_case(seed), seed), tmp_path / "run.kvt"))
     assert not [check for check in found["checks"] if check["mismatches"] or check["skipped"]]
 
 
 @pytest.mark.parametrize("seed", [2, 3, 4, 5, 6])
 def test_tokens_that_nobody_knows(seed: int, tmp_path: Path) -> None:
-    trace = random_run(seed, tmp_path / "run.kvt", longer=40)
+    trace = random_run(random_case(seed), tmp_path / "run.kvt", longer=40)
     found = verify(trace)
     assert found["mismatches"] == 0
     skipped = {check["name"] for check in found["checks"] if check["skipped"]}

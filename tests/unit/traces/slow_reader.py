@@ -139,8 +139,8 @@ class Reader:
     def arrive(self, row: Row) -> None:
         number = len(self.requests)
         blank = {"request_id": "", "arrival_ns": -1, "arrival_s": None, "max_tokens": -1, "priority": -1, "tenant": 0,
-                 "no_cache_read": False, "output_tokens": None, "finish_step": None, "finish_ns": None,
-                 "finish_reason": None, "first_step": None, "last_step": None}  # fmt: skip
+                 "no_cache_read": False, "output_tokens": None, "finish_step": None, "finish_empty_calls": None,
+                 "finish_ns": None, "finish_reason": None, "first_step": None, "last_step": None}  # fmt: skip
         full = {"request": number, **blank, "arrival_step": self.step, **row}
         self.requests.append(Request(row=full, chain=self.known_chains[number]))
 
@@ -277,6 +277,7 @@ class Reader:
             row["finish_reason"] = FINISH_REASONS[min(reason, 6)]
             row["output_tokens"] = output
             row["finish_step"], row["finish_ns"] = self.now(), self.time
+            row["finish_empty_calls"] = self.empty
 
     def op13(self, delta: int, w: Words) -> None:  # BEGIN
         self.time += delta

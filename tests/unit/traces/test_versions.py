@@ -23,8 +23,10 @@ def test_the_first_log_of_version_1_reads_as_on_its_first_day() -> None:
     assert hashlib.sha256((HERE / "golden-v1.kvt").read_bytes()).hexdigest() == SHA256
     trace = open_trace(HERE / "golden-v1.kvt")
     assert trace.complete
-    assert_same(trace, json.loads((HERE / "golden-v1.json").read_text()))
-    assert all(len(rows(trace, table)) for table in TABLES)
+    for table, expected in json.loads((HERE / "golden-v1.json").read_text()).items():
+        found = rows(trace, table)
+        assert found
+        assert [{name: row[name] for name in expected[0]} for row in found] == expected  # columns may have been added
 
 
 def test_codes_are_fixed() -> None:

@@ -191,6 +191,7 @@ def _requests(batches: list[Batch], request_ids: pl.Series) -> pl.DataFrame:
             "first_step": none,
             "last_step": none,
             "finish_step": none,
+            "finish_empty_calls": none,
             "finish_ns": np.full(n, -1, np.int64),
             "finish_reason": np.full(n, -1, np.int8),
             "chain_granules": lengths.astype(np.int32),

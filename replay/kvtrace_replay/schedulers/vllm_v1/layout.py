@@ -69,7 +69,7 @@ DONE, FULL, STUCK = range(3)
 # whether late: not before the outputs of all steps begun, if nothing else is left to do), and aborts, `gone`,
 # int64[m, 3]: (due, whether late: not before the output that the last step begun waits for, request), both sorted.
 X_DUE, X_REQUEST, X_LATE = range(3)
-A_DUE, A_LATE, A_REQUEST = range(3)
+A_DUE, A_LATE, A_REQUEST, A_CALLS = range(4)
 
 # Rows of steps: `rows`, int32[capacity, 9].
 (S_REQUESTS, S_TOKENS, S_RUNNING, S_WAITING, S_FREE, S_PREEMPTED, S_EMPTY, S_PREFILL, S_EVICTIONS) = range(9)

@@ -7,6 +7,7 @@ import numpy as np
 
 from kvtrace_replay.schedulers.vllm_v1.clock import call_cost, decodes, note_steady, note_token, position, start_call
 from kvtrace_replay.schedulers.vllm_v1.layout import (
+    A_CALLS,
     A_DUE,
     A_LATE,
     A_REQUEST,
@@ -123,9 +124,30 @@ def runs_dry(p, g, req, st, flight_n):
     return True
 
 
+@njit(cache=False, forceinline=True)
+def awaits_calls(g, gone):
+    """Whether the next abort comes after more calls without tokens than there were since the last step."""
+    at = g[G_ABORTED]
+    return at < gone.shape[0] and gone[at, A_DUE] == g[G_STEP] and gone[at, A_CALLS] > g[G_EMPTY]
+
+
+@njit(cache=False, forceinline=True)
+def is_held_back(p, g, req, st, come, gone, flight_n):
+    """Whether the next arrival, after all outputs were in, has to wait: for an abort that comes first, or for outputs,
+    as the engine is about to run dry."""
+    at, next_abort = g[G_ARRIVED], g[G_ABORTED]
+    if not come[at, X_LATE] or come[at, X_DUE] != g[G_STEP]:
+        return False
+    if next_abort < gone.shape[0] and gone[next_abort, A_DUE] <= g[G_STEP] and not awaits_calls(g, gone):
+        status = req[gone[next_abort, A_REQUEST], R_STATUS]
+        if status != FINISHED and status != NEW:
+            return True
+    return runs_dry(p, g, req, st, flight_n)
+
+
 @njit(cache=False)
 def take_arrivals(
-    tag, pol, p, g, req, blk, first, table, order, come, log, arrivals, arrival_at, room, flight_n, st,
+    tag, pol, p, g, req, blk, first, table, order, come, gone, log, arrivals, arrival_at, room, flight_n, st,
     phases, ends, times,
 ):  # fmt: skip
     """Requests that are due arrive; where the engine idles, those of the next due step.
@@ -139,7 +161,7 @@ def take_arrivals(
             g[G_NOW] = due
     while g[G_ARRIVED] < come.shape[0] and come[g[G_ARRIVED], X_DUE] <= due:
         request = come[g[G_ARRIVED], X_REQUEST]
-        if come[g[G_ARRIVED], X_LATE] and come[g[G_ARRIVED], X_DUE] == g[G_STEP] and runs_dry(p, g, req, st, flight_n):
+        if is_held_back(p, g, req, st, come, gone, flight_n):
             break
         came = come[g[G_ARRIVED], X_DUE] if p[P_BY_TIME] else g[G_NOW]
         if p[P_LOG]:
@@ -172,6 +194,8 @@ def take_aborts(
             g[G_NOW] = due
     while g[G_ABORTED] < gone.shape[0] and gone[g[G_ABORTED], A_DUE] <= due:
         if only_early and gone[g[G_ABORTED], A_LATE]:
+            break
+        if g[G_IDLE] != STARVED and awaits_calls(g, gone):
             break
         request = gone[g[G_ABORTED], A_REQUEST]
         if req[request, R_STATUS] != FINISHED and req[request, R_STATUS] != NEW:
@@ -346,13 +370,19 @@ def _run(
             return FULL
         due = next_due(g, come, gone)
         if (g[G_IDLE] or due <= position(p, g)) and not take_arrivals(
-            tag, pol, p, g, req, blk, first, table, order, come, log, arrivals, arrival_at, room, flight_n,
+            tag, pol, p, g, req, blk, first, table, order, come, gone, log, arrivals, arrival_at, room, flight_n,
             st, phases, ends, times,
         ):  # fmt: skip
             return FULL
         if (g[G_IDLE] or due <= position(p, g)) and not take_aborts(
             tag, pol, p, g, req, blk, first, table, order, gone, log, room, False, st, phases,
             ends, times,
+        ):  # fmt: skip
+            return FULL
+        held_back = g[G_ARRIVED] < come.shape[0] and come[g[G_ARRIVED], X_LATE] and due == g[G_STEP]
+        if held_back and not take_arrivals(
+            tag, pol, p, g, req, blk, first, table, order, come, gone, log, arrivals, arrival_at, room, flight_n,
+            st, phases, ends, times,
         ):  # fmt: skip
             return FULL
         g[G_IDLE] = 0
@@ -386,7 +416,7 @@ def _run(
                 if g[G_QUIET] > 100 + 2 * g[G_LIVE]:  # they preempt each other for ever
                     g[G_STUCK] = req[end, R_RUN_NEXT] if g[G_RUNNING] > 0 else sch[0, 0]
                     return STUCK
-            elif unfinished > 0 and calm and is_stuck(p, g, req, order, flight_n):
+            elif unfinished > 0 and calm and not awaits_calls(g, gone) and is_stuck(p, g, req, order, flight_n):
                 if g[G_ARRIVED] < come.shape[0]:
                     g[G_IDLE] = IDLE
                 elif g[G_ABORTED] < gone.shape[0]:
