@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,9 @@ NAMES = (
     "thrash", "no-preemptions", "no-hits", "no-steps", "one-request", "nothing-shared", "ids", "turns", "losses",
     "offloads", "no-clock", "empty",
 )  # fmt: skip
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+CHROMIUM = next((path for path in map(shutil.which, BROWSERS) if path), None)
 
 
 def case(name: str, folder: Path) -> Path:

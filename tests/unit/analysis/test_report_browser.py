@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,9 +18,10 @@ import report_cases
 
 import kvtrace
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-CHROMIUM = next((path for path in map(shutil.which, NAMES) if path), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=f"no browser: none of {', '.join(NAMES)} is on the path")
+CHROMIUM = report_cases.CHROMIUM
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason=f"no browser: none of {', '.join(report_cases.BROWSERS)} is on the path"
+)
 
 HEIGHT = 16_000  # all of a page, so that nothing need be scrolled to
 # Runs in a copy of the page and tells the window around it what became of it. The narrowest window of a browser is
