@@ -8,8 +8,9 @@ each for as long as its table takes. What either compiles is compiled beforehand
 one run to the next; a further line says what a table takes where it was kept. `--copies` makes the trace longer, each
 copy with ids of its own. Prints the best time of each side out of `--rounds`, alternating, by the clock and in CPU time
 of the process, and what a Python takes to start that imports NumPy, Polars and Numba, which is as fast as any table of
-kvtrace can be. And the hit ratios of both; FIFO and LRU must be equal, its clairvoyant rule may leave blocks out and is
-another one.
+kvtrace can be. Then the time from file to table within a Python that has made one before, as in a notebook or a script
+that goes through many files: `kvtrace.replay(TRACE)` beside `parse_trace_file` and `run_sweep`. And the hit ratios of
+both; FIFO and LRU must be equal, its clairvoyant rule may leave blocks out and is another one.
 """
 
 from __future__ import annotations
@@ -70,6 +71,55 @@ class Best:
         return self.output
 
 
+THEIRS = """
+import sys, time
+from kvcache_sim.simulator import run_sweep
+from kvcache_sim.trace import parse_trace_file
+trace, model, *budgets = sys.argv[1:]
+for _ in sys.stdin:
+    begin = time.perf_counter()
+    run_sweep(parse_trace_file(trace), model_id=model, budgets_gib=[float(budget) for budget in budgets])
+    print(time.perf_counter() - begin, flush=True)
+"""
+OURS = """
+import sys, time
+import kvtrace
+trace, policies, *capacities = sys.argv[1:]
+for _ in sys.stdin:
+    begin = time.perf_counter()
+    table = kvtrace.replay(trace, policy=policies.split(","), capacity=[int(n) for n in capacities], warmup=0.5)
+    assert len(table) == len(capacities) * len(policies.split(","))
+    print(time.perf_counter() - begin, flush=True)
+"""
+
+
+class Within:
+    """The least seconds of a table within a Python that runs `script` and has made one before."""
+
+    def __init__(self, python: str, script: str, *arguments: str) -> None:
+        environment = {**os.environ, "KVTRACE_WORKLOADS": "off"}
+        self.process = subprocess.Popen(
+            [python, "-c", script, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+            env=environment,
+        )  # fmt: skip
+        self.best = float("inf")
+        self._ask()
+
+    def _ask(self) -> float:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write("\n")
+        return float(self.process.stdout.readline())
+
+    def run(self) -> None:
+        self.best = min(self.best, self._ask())
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("trace", type=Path)
@@ -102,6 +152,15 @@ def main() -> None:
             for best in sides.values():
                 best.run()
         rows = json.loads(ours.output)
+        within = [
+            Within(options.rival_python, THEIRS, str(trace), options.model, *options.budgets_gib.split(",")),
+            Within(sys.executable, OURS, str(trace), ",".join(RIVAL_POLICIES), *capacities.split(",")),
+        ]
+        for _ in range(options.rounds):
+            for one in within:
+                one.run()
+        for one in within:
+            one.close()
     print(f"{requests:,} requests, {theirs['metadata']['eventCount']:,} blocks, {len(rows)} cells; "
           f"load {os.getloadavg()[0]:.1f}")  # fmt: skip
     for name, best in sides.items():
@@ -109,6 +168,8 @@ def main() -> None:
             f"{name:22} {best.wall:7.2f} s, {best.cpu:7.2f} s of CPU time; "
             f"{rival.wall / best.wall:5.1f} and {rival.cpu / best.cpu:5.1f} times as fast as kvcache-simulator"
         )
+    told, made = (one.best for one in within)
+    print(f"within a Python, kvcache-simulator {told:.3f} s, kvtrace {made:.3f} s: {told / made:.1f} times as fast")
     for row in rows:
         point = next(p for p in theirs["points"] if p["cacheBlocks"] == row["capacity_blocks"])
         ratio = point["results"][RIVAL_POLICIES[row["policy"]]]["hitRate"]

@@ -56,3 +56,17 @@ def open(path: str | os.PathLike[str], recover: str = "tail") -> Trace:
     read.
     """
     return Trace(kvtrace_traces.open_trace(Path(path), recover=recover))
+
+
+def open_as_it_is(path: str | os.PathLike[str]) -> tuple[Trace, str | None]:
+    """Open a trace, or a file of another tool where its first record tells the format; and that format, None for a
+    trace. Of such a file there are requests and their chains alone, which is what replays and curves ask for. Raises
+    KvtraceError as `open`."""
+    path = Path(path)
+    if path.suffix != ".kvt":
+        from kvtrace_traces.importers.opened import open_import, recognised
+
+        if format := recognised(path):
+            imported: Any = open_import(path, format)  # has of a trace what is asked for
+            return Trace(imported), format
+    return open(path), None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import polars as pl
 
-from kvtrace.api import Trace, open
+from kvtrace.api import Trace, open_as_it_is
 from kvtrace.replays import several
 from kvtrace_replay import Workload, of_trace, parse_capacity
 from kvtrace_replay.curves.points import Capacities, Exact
@@ -33,7 +33,7 @@ def curve(
     """Hit ratios over the capacity: exact, from one pass for LRU and from a replay a point for other policies; or, with
     `sample`, estimated from that share of the blocks, with an error.
 
-    `policy`, `capacity`, `block_size`, `semantics` and `warmup` are those of `kvtrace.replay`, one or several values.
+    `trace`, `policy`, `capacity`, `block_size`, `semantics` and `warmup` are those of `kvtrace.replay`.
     Without `capacity`, `points` chooses them: "default" are some that are equally spaced in their logarithm, "all"
     is every capacity at which the curve takes another value (LRU in one pass only; other curves have their default
     points). `seed` draws another sample.
@@ -106,7 +106,7 @@ def _of_every_engine(
     block_size: int | Sequence[int | None] | None,
     rows: Callable[[Workload], pl.DataFrame],
 ) -> pl.DataFrame:
-    opened = trace if isinstance(trace, Trace) else open(trace)
+    opened = trace if isinstance(trace, Trace) else open_as_it_is(trace)[0]
     frames = []
     for header in opened.engines:
         for size in several(block_size):

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from kvtrace import metrics
-from kvtrace.api import Trace, open
+from kvtrace.api import Trace, open_as_it_is
 from kvtrace_replay import Workload, of_trace, requests_of
 from kvtrace_replay import replay as replay_workload
 from kvtrace_traces.errors import UsageError
@@ -32,9 +32,10 @@ def replay(
 ) -> pl.DataFrame:
     """Replay a trace's lookups through caches that were never run: one row per cell of the grid.
 
-    Every argument takes one value or several. `capacity` is in blocks, or a text as on the command line
-    (`10k`, `50%`, `65536tok`, `8GiB`, `inf`); None is the run's own capacity, where the trace knows it, and
-    `inf`. `block_size` must be a multiple of the trace's granule; None is the trace's own. Of the first
+    `trace` is an open trace or a path: of a `.kvt` file, of a folder of them, or of a Mooncake file (JSON lines), which
+    is read as it is. Every argument after it takes one value or several. `capacity` is in blocks, or a text as on the
+    command line (`10k`, `50%`, `65536tok`, `8GiB`, `inf`); None is the run's own capacity, where the trace knows it,
+    and `inf`. `block_size` must be a multiple of the trace's granule; None is the trace's own. Of the first
     `warmup` of the requests (a share) nothing is counted.
 
     Columns: policy, capacity_blocks (null is `inf`), block_size, semantics, requests, block_lookups,
@@ -61,7 +62,7 @@ def replay(
         if capacity is not None or others:
             raise UsageError("with tiers, each tier has its own capacity and policy: tier='dram:20k:policy=fifo'")
         return replay_tiers(trace, tier, one, block_size, semantics, warmup, bytes_per_token, prefill_tokens_per_s)
-    opened = trace if isinstance(trace, Trace) else open(trace)
+    opened = trace if isinstance(trace, Trace) else open_as_it_is(trace)[0]
     frames = []
     for header in opened.engines:
         for size in several(block_size):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import polars as pl
 
-from kvtrace.api import Trace, open
+from kvtrace.api import Trace, open_as_it_is
 from kvtrace.replays import several
 from kvtrace_replay import of_trace
 from kvtrace_replay.tiers import Tier, parse_tier
@@ -34,7 +34,7 @@ def replay_tiers(
     Raises UsageError for tiers that cannot be, and for whatever `replay` raises it.
     """
     tiers = [parse_tier(text, policy) if isinstance(text, str) else text for text in several(tier)]
-    opened = trace if isinstance(trace, Trace) else open(trace)
+    opened = trace if isinstance(trace, Trace) else open_as_it_is(trace)[0]
     frames = []
     for header in opened.engines:
         for size in several(block_size):

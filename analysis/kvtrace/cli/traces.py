@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -22,23 +22,20 @@ def open_traces(paths: Sequence[Path], as_they_are: bool = False) -> list[Trace]
     first record tells the format, for a command that asks for requests and their chains alone."""
     import kvtrace
 
-    traces = [_foreign(path) if as_they_are and path.suffix != ".kvt" else kvtrace.open(path) for path in paths]
+    traces = [_as_it_is(path) if as_they_are else kvtrace.open(path) for path in paths]
     for trace in traces:
         for warning in complaints(trace):
             note(f"{trace.path}: {warning}")
     return traces
 
 
-def _foreign(path: Path) -> Trace:
-    import kvtrace
-    from kvtrace_traces.importers.opened import open_import, recognised
+def _as_it_is(path: Path) -> Trace:
+    from kvtrace.api import open_as_it_is
 
-    format = recognised(path)
-    if format is None:
-        return kvtrace.open(path)
-    note(f"{path} is read as {format}")
-    opened: Any = open_import(path, format)  # has of a trace what replays ask for
-    return kvtrace.Trace(opened)
+    trace, format = open_as_it_is(path)
+    if format is not None:
+        note(f"{path} is read as {format}")
+    return trace
 
 
 def complaints(trace: Trace) -> list[str]:

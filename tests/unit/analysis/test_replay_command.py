@@ -140,6 +140,12 @@ def test_a_mooncake_file_as_it_is_gives_the_table_of_its_import(
     assert f"{path} is read as mooncake" in done.err
     its = kvtrace_cli("replay", tmp_path / "trace.kvt", *grid)
     assert without_seconds(json.loads(done.out)) == without_seconds(json.loads(its.out))
+    frames = [
+        kvtrace.replay(of, policy=["lru", "fifo"], capacity=[3, "inf"], semantics=["prefix", "object"]).drop("seconds")
+        for of in (path, tmp_path / "trace.kvt")
+    ]
+    assert frames[0].equals(frames[1])
+    assert kvtrace.curve(path).equals(kvtrace.curve(tmp_path / "trace.kvt"))
     path.write_text(path.read_text() + '{"timestamp": 1, "input_length": -1, "output_length": 4, "hash_ids": [1]}\n')
     done = kvtrace_cli("replay", path, *grid)
     assert done.code == 1
