@@ -7,19 +7,13 @@ frees needs no block numbers. Evictions need no hook at all: a cached block that
 from __future__ import annotations
 
 import inspect
-import struct
 from typing import TYPE_CHECKING, Any
 
-from kvtrace_tracer.state import ADMITTING, CALLS, OUTSIDE, RUNNING
-from kvtrace_traces.schema import NO_REQUEST, OPS
+from kvtrace_tracer.state import ADMITTING, CALLS, OUTSIDE, RUNNING, UPDATING
+from kvtrace_traces.schema import NO_REQUEST
 
 if TYPE_CHECKING:
     from kvtrace_tracer.hooks import Hooks
-
-ALLOC, ALLOCN, HIT = OPS["ALLOC"].code, OPS["ALLOCN"].code, OPS["HIT"].code
-FILL, FILL1, FREE, PREEMPT = OPS["FILL"].code, OPS["FILL1"].code, OPS["FREE"].code, OPS["PREEMPT"].code
-
-_FILL1 = struct.Struct("<Iq")
 
 
 def install(hooks: Hooks) -> None:
@@ -151,7 +145,7 @@ def _cache_full_blocks(hooks: Hooks, original: Any) -> Any:
     def filled(request: Any, start: int, stop: int) -> None:
         if not log.closed:
             note((fill, request, start, stop))
-            if state.phase not in CALLS:
+            if state.phase == OUTSIDE:
                 hooks.notes.settle()
 
     if "block_mask" in parameters:
@@ -163,7 +157,7 @@ def _cache_full_blocks(hooks: Hooks, original: Any) -> Any:
             result = original(
                 request, blocks, num_cached_blocks, num_full_blocks, block_size, kv_cache_group_id, block_mask
             )
-            if state.phase == RUNNING and block_mask is None:  # nearly all of decoding
+            if (state.phase == RUNNING or state.phase == UPDATING) and block_mask is None:  # nearly all of decoding
                 note((fill, request, num_cached_blocks, num_full_blocks))
                 return result
             try:
@@ -193,31 +187,22 @@ def _cache_full_blocks(hooks: Hooks, original: Any) -> Any:
 
 
 def _free(hooks: Hooks, original: Any, freeing: _Freeing) -> Any:
-    log, state, tables = hooks.log, hooks.state, hooks.tables
-    entries, append = state.entries, log.words.append
+    log, state, tables, notes = hooks.log, hooks.state, hooks.tables, hooks.notes
+    entries, note, give_up, preempt = state.entries, notes.kept.append, notes.free, notes.preempt
     assert tables is not None
 
     def free(request: Any, *args: Any, **kwargs: Any) -> Any:
         rid = request.request_id
         try:
-            entry = entries.get(rid)
-            held = len(tables.get(rid, ()))
-            if entry is not None:
-                hooks.notes.settle()
+            if rid in entries:
+                held = len(tables.get(rid, ()))
                 if request.is_finished():
-                    if held:
-                        append(entry.number << 4 | FREE)
-                        append(held)
-                    del entries[rid]
+                    note((give_up, rid, held))
                 else:
-                    if state.pending and hooks.priority:
+                    if hooks.priority:
                         # The victim may own blocks of this very call, which the engine will not list.
-                        log.ext("OWN", *hooks.notes.search_owners())
-                        log.events += len(state.pending)
-                        state.pending.clear()
-                    log.words.extend((entry.number << 4 | PREEMPT, max(0, request.num_computed_tokens), held))
-                    state.gone.append(rid)
-                log.events += held
+                        notes.tell_owners()
+                    note((preempt, rid, request.num_computed_tokens, held))
                 freeing.now = True
                 if state.phase == OUTSIDE:
                     hooks.commit_between_steps()

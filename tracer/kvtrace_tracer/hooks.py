@@ -18,20 +18,12 @@ from kvtrace_tracer import steps
 from kvtrace_tracer.identity import EngineChain, OwnChain, tenant
 from kvtrace_tracer.log import Log
 from kvtrace_tracer.notes import Notes
-from kvtrace_tracer.state import ADMITTING, MAX_DELTA, OUTSIDE, Entry, State
+from kvtrace_tracer.state import ADMITTING, LOOK_STEPS, MAX_DELTA, OUTSIDE, Entry, State
 from kvtrace_tracer.steps import OUTPUT
-from kvtrace_traces.schema import (
-    EXT_OPS,
-    FINISH_REASONS,
-    INEXACT,
-    NO_REQUEST,
-    OPS,
-    REQUEST_NO_READ,
-)
+from kvtrace_traces.schema import EXT_OPS, INEXACT, NO_REQUEST, OPS, REQUEST_NO_READ
 
-LOOKUP, FINISH, CHAIN, KEY = OPS["LOOKUP"].code, OPS["FINISH"].code, OPS["CHAIN"].code, OPS["KEY"].code
+CHAIN, KEY = OPS["CHAIN"].code, OPS["KEY"].code
 _REQUEST = struct.Struct("<qdIIiIQII")  # the fixed part of EXT REQ; see schema.EXT_OPS
-_REASONS = {name: code for code, name in enumerate(FINISH_REASONS)}
 _INEXACT = {name: code for code, name in enumerate(INEXACT)}
 
 
@@ -60,7 +52,6 @@ class Hooks:
         self.priority = str(header["scheduler"]["policy"]) == "priority"
         self.lookups_counted = _lookup_predicate(self.manager)
         self._inexact = set(header["inexact"])
-        self._reason: tuple[Any, int] = (None, _REASONS["other"])  # the last one met, with its code
         self._patched: list[tuple[Any, str, Any]] = []
         exact = headers.follows_tables(header)
         self.tables = self.manager.coordinator.single_type_managers[0].req_to_blocks if exact else None
@@ -120,6 +111,12 @@ class Hooks:
             except Exception as error:
                 self.log.fail(error)
 
+    def look(self) -> None:
+        """Start a frame if one is due. Right after a commit, and not after every one."""
+        self.state.look = self.state.step + LOOK_STEPS
+        if self.log.frame_is_due():
+            self.frame()
+
     # ---------------------------------------------------------------- what closures append
 
     def grow(self, entry: Entry, request: Any, stop: int) -> None:
@@ -137,12 +134,13 @@ class Hooks:
         state = self.state
         delta = now - state.time
         if not 0 <= delta < MAX_DELTA:
-            self._tell_time(now)
+            self.tell_time(now)
             delta = 0
         state.time = now
         self.log.words.append(delta << 4 | op)
 
-    def _tell_time(self, now: int) -> None:
+    def tell_time(self, now: int) -> None:
+        """Append TIME."""
         now -= self.clock_ns
         self.log.ext("TIME", now & 0xFFFFFFFF, now >> 32)
 
@@ -190,9 +188,15 @@ class Hooks:
             return add_request
 
         def make_finish(original: Any) -> Any:
+            entries, note, finish = state.entries, notes.kept.append, notes.finish
+
             def _free_request(request: Any, *args: Any, **kwargs: Any) -> Any:
                 try:
-                    self._finish(request)
+                    if request.request_id in entries:
+                        between = state.phase == OUTSIDE  # an abort
+                        note((finish, request, time.monotonic_ns() if between else 0))
+                        if between or self.at_once:
+                            notes.settle()
                 except Exception as error:
                     log.fail(error)
                 return original(request, *args, **kwargs)
@@ -270,28 +274,6 @@ class Hooks:
             self.inexact("prompt-embeddings")
         self.grow(entry, request, request.num_prompt_tokens // self.chain.granule)
         entry.prompt = entry.chain
-
-    def _finish(self, request: Any) -> None:
-        state = self.state
-        entry = state.entries.get(request.request_id)
-        if entry is None:
-            return
-        self.notes.settle()
-        stop = request.num_tokens // self.chain.granule
-        if stop > entry.chain:
-            self.grow(entry, request, stop)
-        reason = request.get_finished_reason()
-        if reason is not self._reason[0]:  # its name is slow Python
-            name = "other" if reason is None else str(reason).lower()
-            self._reason = reason, _REASONS.get(name, _REASONS["other"])
-        if state.phase == OUTSIDE:  # an abort between steps
-            state.time = time.monotonic_ns()
-            self._tell_time(state.time)
-        append = self.log.words.append
-        append(entry.number << 4 | FINISH)
-        append(self._reason[1])
-        append(request.num_output_tokens)
-        state.gone.append(request.request_id)
 
     def skip(self, output: Any, now: int) -> None:
         """An output out of turn: the steps before it will get none. (A call that scheduled nothing is no step.)"""

@@ -28,7 +28,6 @@ class Log:
     def __init__(self, writer: LogWriter, clock_ns: int, on_stop: Callable[[], None]) -> None:
         self.words = array("I", bytes(4 * LEFT_WORDS))
         self.events = 0
-        self.key_due = True
         self.closed = False
         self._writer = writer
         self._clock_ns = clock_ns
@@ -46,20 +45,18 @@ class Log:
         """The operations appended next start a frame. Only right after a commit."""
         self._writer.flag(wire.KEY)
         self._since_key = self._writer.total_bytes
-        self.key_due = False
 
     def commit(self) -> None:
         """Hand the operations so far to the kernel. Raises :class:`Stopped` when the log is full."""
-        commits = self.write(self.words)
+        self.write(self.words)
         self.committed = self.events
-        if not commits & 31:
-            self.look()
 
-    def look(self) -> None:
-        """See whether a frame is due. Right after a commit, and not after every one."""
-        if self._writer.total_bytes - self._since_key > FRAME_BYTES:
-            self.key_due = True
-            self._writer.rotate()
+    def frame_is_due(self) -> bool:
+        """Whether a frame is due, which then has to be what is logged next. Right after a commit."""
+        if self._writer.total_bytes - self._since_key <= FRAME_BYTES:
+            return False
+        self._writer.rotate()
+        return True
 
     def fail(self, error: BaseException) -> None:
         """End recording after an error of the disk or of ours: one line in the server's log, serving goes on."""

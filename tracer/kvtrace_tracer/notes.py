@@ -1,9 +1,10 @@
-"""What the hooks note in the midst of a scheduler call, and how it is written out.
+"""What the hooks note in the midst of a call of the scheduler, and how it is written out.
 
 From one hook to the next the engine drives from the processor's caches all that ours had fetched, and what a hook pays
-is mostly the fetching. So the hooks inside a scheduler call only *note* what they see, and the notes of a call are
-encoded together: while the model runs, which costs the engine nothing where that is on another device, or before
-anything else is logged, whichever is first. The log says the same as if each had been written as it came.
+is mostly the fetching. So the hooks inside a call only *note* what they see, and the notes of a call are encoded
+together: those of `schedule` while the model runs, which costs the engine nothing where that is on another device,
+those of `update_from_output` as it ends; both before anything else is logged. The log says the same as if each had been
+written as it came.
 """
 
 from __future__ import annotations
@@ -15,26 +16,30 @@ from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 from kvtrace_tracer.identity import EngineChain, as_number
-from kvtrace_traces.schema import NO_REQUEST, OPS, SCHED_BIG, SCHED_COUNTS, SCHED_FULL, SCHED_WIDE
+from kvtrace_traces.schema import FINISH_REASONS, NO_REQUEST, OPS, SCHED_BIG, SCHED_COUNTS, SCHED_FULL, SCHED_WIDE
 
 if TYPE_CHECKING:
     from kvtrace_tracer.hooks import Hooks
 
 ALLOC, ALLOCN, HIT, LOOKUP = OPS["ALLOC"].code, OPS["ALLOCN"].code, OPS["HIT"].code, OPS["LOOKUP"].code
 BEGIN, SCHED, FILL, FILL1 = OPS["BEGIN"].code, OPS["SCHED"].code, OPS["FILL"].code, OPS["FILL1"].code
+FINISH, FREE, PREEMPT = OPS["FINISH"].code, OPS["FREE"].code, OPS["PREEMPT"].code
 
+_REASONS = {name: code for code, name in enumerate(FINISH_REASONS)}
 _FILL1 = struct.Struct("<Iq")
 
 
 class Notes:
-    """The notes of one recorder, oldest first (``kept``), each a list of blocks that the engine handed out, or a tuple:
-    one of the functions below and what to call it with.
+    """The notes of one recorder, oldest first (``kept``): a list of blocks that the engine handed out; a number, the
+    time at which a scheduler call began; or a tuple, one of the functions below and what to call it with.
 
-    - ``begin(now)``: a scheduler call began.
     - ``fill(request, start, stop)``: blocks ``start`` to ``stop`` of a request became cached.
     - ``lookup(request, asked, hit)``: a request was looked up; ``hit`` is tokens + 1, or 0 where it did not look.
     - ``hit(blocks)``: the request looked up took references to these blocks (numbers).
     - ``end(output, free, running, waiting)``: the call returned ``output``; free blocks, lengths of the queues.
+    - ``finish(request, now)``: a request ended; at ``now`` if that was between calls, else 0.
+    - ``free(request_id, held)``: a request that ended gave up the blocks it held, so many.
+    - ``preempt(request_id, computed, held)``: a request was preempted, with so many tokens computed.
 
     :meth:`settle` encodes them. What is logged otherwise comes after it.
     """
@@ -44,8 +49,9 @@ class Notes:
         self._log, self._state = hooks.log, hooks.state
         self._requests: dict[str, Any] = hooks.scheduler.requests
         self._tables, self._inexact, self._full_sets = hooks.tables, hooks.inexact, hooks.full_sets
-        self._stamp, self._grow = hooks.stamp, hooks.grow
+        self._stamp, self._tell_time, self._grow = hooks.stamp, hooks.tell_time, hooks.grow
         self._block_size, self._granule = hooks.block_size, hooks.chain.granule
+        self._reason: tuple[Any, int] = (None, _REASONS["other"])  # the last one met, with its code
         self._number = as_number(hooks.keyed)
         # Identities are then the engine's hashes, one a block.
         self._plain = (
@@ -53,8 +59,8 @@ class Notes:
             and self._granule == getattr(hooks.manager.block_pool, "hash_block_size", None) == self._block_size
         )
         # Bound once: a bound method made for each note would be another object to touch.
-        self.begin, self.fill, self.lookup, self.hit, self.end = (
-            self._begin, self._fill(), self._lookup, self._hit, self._end,
+        self.fill, self.lookup, self.hit, self.end, self.finish, self.free, self.preempt = (
+            self._fill(), self._lookup, self._hit, self._end, self._finish, self._free, self._preempt,
         )  # fmt: skip
         self.settle = self._settle()
 
@@ -67,12 +73,17 @@ class Notes:
     def _events(self, note: Any) -> int:
         if isinstance(note, list):
             return len(note)
-        if note[0] is self.fill:
+        if isinstance(note, int):
+            return 0
+        what = note[0]
+        if what is self.fill:
             return max(0, int(note[3] - note[2]))
-        return len(note[1]) if note[0] is self.hit else 0
+        if what is self.free or what is self.preempt:
+            return int(note[-1])
+        return len(note[1]) if what is self.hit else 0
 
     def _settle(self) -> Callable[[], None]:
-        log, state, kept = self._log, self._state, self.kept
+        log, state, kept, stamp = self._log, self._state, self.kept, self._stamp
         pending, append, fromlist = state.pending, log.words.append, log.words.fromlist
 
         def hand_out(blocks: list[Any]) -> None:
@@ -94,8 +105,12 @@ class Notes:
             rest = iter(kept)
             try:
                 for note in rest:
-                    if type(note) is tuple:
+                    kind = type(note)
+                    if kind is tuple:
                         note[0](*note[1:])
+                    elif kind is int:
+                        state.admitted = None
+                        stamp(BEGIN, note)
                     elif note:
                         hand_out(note)
             except Exception:
@@ -110,10 +125,6 @@ class Notes:
         return settle
 
     # ---------------------------------------------------------------- what is noted
-
-    def _begin(self, now: int) -> None:
-        self._state.admitted = None
-        self._stamp(BEGIN, now)
 
     def _fill(self) -> Callable[[Any, int, int], None]:
         log, entries, grow = self._log, self._state.entries, self._grow
@@ -158,28 +169,16 @@ class Notes:
         self._state.admitted.filled = len(blocks)
 
     def _end(self, output: Any, free: int, running: int, waiting: int) -> None:
-        log, state, entries = self._log, self._state, self._state.entries
-        pending = state.pending
-        cached, scheduled = output.scheduled_cached_reqs, output.num_scheduled_tokens
-        ids = cached.req_ids
-        count = len(ids)
+        state = self._state
+        scheduled, ids = output.num_scheduled_tokens, output.scheduled_cached_reqs.req_ids
+        owners = self._owners(output) if state.pending else ()
         if (
             # The same requests, each with one token as before, and none came or went: nor did the queues change.
-            ids == state.ids and count == len(scheduled) == output.total_num_scheduled_tokens
+            ids == state.ids and len(ids) == len(scheduled) == output.total_num_scheduled_tokens
             and not state.gone and not state.looked and running == state.running and waiting == state.waiting
         ):  # fmt: skip
-            owners: Sequence[int] = ()
-            if pending:
-                # Each request that runs on asks once, and the engine lists the new blocks by request.
-                owners = [entries[ids[i]].number for i in compress(range(count), cached.new_block_ids)]
-                if len(owners) == len(pending):
-                    log.events += len(pending)
-                    pending.clear()
-                else:
-                    owners = self._owners(output)
             self._sched(0, (), owners, scheduled, free)
         else:
-            owners = self._owners(output) if pending else ()
             flags, named = self._difference(scheduled)
             if running != state.running or waiting != state.waiting:
                 flags |= SCHED_COUNTS
@@ -190,6 +189,36 @@ class Notes:
         if output.total_num_scheduled_tokens:
             state.step += 1
             state.steps.append(output)
+
+    def _finish(self, request: Any, now: int) -> None:
+        state = self._state
+        entry = state.entries.get(request.request_id)
+        if entry is None:
+            return
+        stop = request.num_tokens // self._granule
+        if stop > entry.chain:
+            self._grow(entry, request, stop)
+        reason = request.get_finished_reason()
+        if reason is not self._reason[0]:  # its name is slow Python
+            name = "other" if reason is None else str(reason).lower()
+            self._reason = reason, _REASONS.get(name, _REASONS["other"])
+        if now:
+            state.time = now
+            self._tell_time(now)
+        self._log.words.extend((entry.number << 4 | FINISH, self._reason[1], request.num_output_tokens))
+        state.gone.append(request.request_id)
+
+    def _free(self, rid: str, held: int) -> None:
+        entry = self._state.entries.pop(rid, None)
+        if held and entry is not None:
+            self._log.words.extend((entry.number << 4 | FREE, held))
+            self._log.events += held
+
+    def _preempt(self, rid: str, computed: int, held: int) -> None:
+        state = self._state
+        self._log.words.extend((state.entries[rid].number << 4 | PREEMPT, max(0, computed), held))
+        self._log.events += held
+        state.gone.append(rid)
 
     # ---------------------------------------------------------------- the end of a call
 
@@ -260,7 +289,7 @@ class Notes:
         state.special = [rid for rid in named if scheduled[rid] != 1]
         return flags, named
 
-    def _owners(self, output: Any) -> list[int]:
+    def _owners(self, output: Any) -> Sequence[int]:
         """The owners of the running queue's allocations, in order: the engine lists the new blocks by request."""
         state = self._state
         pending, entries = state.pending, state.entries
@@ -276,12 +305,21 @@ class Notes:
                 if len(owners) < len(pending) and groups[0] and groups[0][0] == pending[len(owners)]:
                     owners.append(entries[rid].number)
             if len(owners) != len(pending):
-                owners = self.search_owners()
+                owners = self._search_owners()
         self._log.events += len(pending)
         pending.clear()
         return owners
 
-    def search_owners(self) -> list[int]:
+    def tell_owners(self) -> None:
+        """Encode the notes, and say now whose the allocations so far in this call are."""
+        self.settle()
+        pending = self._state.pending
+        if pending:
+            self._log.ext("OWN", *self._search_owners())
+            self._log.events += len(pending)
+            pending.clear()
+
+    def _search_owners(self) -> list[int]:
         """The owners of the pending allocations by looking through the block tables: slow, and always right.
 
         Requests admitted in this call are left out: what they hold of these blocks they hit after the owner filled it.

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+LOOK_STEPS = 32
+"""So many steps apart it is looked whether a frame is due."""
+
 MAX_DELTA = 1 << 28
 """Nanoseconds between two times that an operation can state."""
 
@@ -58,7 +61,7 @@ class State:
         self.admitted: Entry | None = None
         self.phase = OUTSIDE
         self.step = 0
-        self.look = 32
+        self.look = LOOK_STEPS
         self.steps: list[Any] = []
         self.running = 0
         self.waiting = 0

@@ -26,7 +26,7 @@ def install(hooks: Hooks) -> None:
 
 def _schedule(hooks: Hooks, original: Any) -> Any:
     scheduler, log, state, free, clock = hooks.scheduler, hooks.log, hooks.state, hooks.free, time.monotonic_ns
-    notes, settle, begin, end = hooks.notes.kept, hooks.notes.settle, hooks.notes.begin, hooks.notes.end
+    notes, settle, end = hooks.notes.kept, hooks.notes.settle, hooks.notes.end
     note = notes.append
     queued = _length(scheduler.waiting)
     # Beside it: requests set aside (0.18 to 0.31), or those that hold blocks while they wait (0.32).
@@ -39,7 +39,7 @@ def _schedule(hooks: Hooks, original: Any) -> Any:
         try:
             if notes:
                 settle()
-            note((begin, clock()))
+            note(clock())
             if at_once:
                 settle()
             state.phase = RUNNING
@@ -106,13 +106,12 @@ def _update_from_output(hooks: Hooks, original: Any) -> Any:
         state.phase = OUTSIDE
         if not log.closed:
             try:
+                if notes:
+                    settle()
                 write(words)  # as Log.commit
                 log.committed = log.events
                 if state.step >= state.look:
-                    state.look = state.step + 32
-                    log.look()
-                if log.key_due:
-                    hooks.frame()
+                    hooks.look()
             except Exception as error:
                 log.fail(error)
         return result
