@@ -43,8 +43,8 @@ def attach(scheduler: Any, settings: Settings) -> Log:
             hooks.remove()
 
     def close() -> None:
-        # At exit the engine may still be there, and a call under way. (Of one that was freed in mid-call, that call is
-        # not in the log.)
+        # At exit the engine may still be there, and a call under way. (Of one that was freed in mid-call, or after a
+        # call that raised, that call is not in the log.)
         hooks = getattr(reference(), "_kvtrace", None)
         if hooks is not None and not log.closed:
             try:

@@ -99,9 +99,9 @@ def _update_from_output(hooks: Hooks, original: Any) -> Any:
                 del steps[0]
             else:
                 hooks.skip(scheduler_output, clock())
+            state.phase = UPDATING
         except Exception as error:
             log.fail(error)
-        state.phase = UPDATING
         result = original(scheduler_output, *args, **kwargs)
         state.phase = OUTSIDE
         if not log.closed:

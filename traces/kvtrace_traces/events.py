@@ -154,7 +154,7 @@ def play(
                 requests32[R_REASON, operand] = np.int64(words[at + 1])
                 requests32[R_OUTPUT, operand] = np.int64(words[at + 2])
                 requests32[R_FINISH_STEP, operand] = now_step(state)
-                requests32[R_FINISH_EMPTY, operand] = state[C_EMPTY]
+                requests32[R_FINISH_EMPTY, operand] = 0 if state[C_INSIDE] else state[C_EMPTY]
                 requests64[R_FINISH_NS, operand] = state[C_TIME]
             elif op == BEGIN:
                 state[C_TIME] += operand

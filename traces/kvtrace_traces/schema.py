@@ -121,7 +121,9 @@ TABLES: dict[str, Table] = {
                 Column("first_step", "i32", "step", "first step it was scheduled in", True),
                 Column("last_step", "i32", "step", "last step it was scheduled in", True),
                 Column("finish_step", "i32", "step", "the last step begun when it finished", True),
-                Column("finish_empty_calls", "i32", "calls", "calls without tokens from that step to its end", True),
+                Column(
+                    "finish_empty_calls", "i32", "calls", "calls without tokens after the last step, at its end", True
+                ),
                 Column("finish_ns", "i64", "ns", "when its last output arrived, or it was aborted", True),
                 Column("finish_reason", "enum:finish_reason", "", "why it ended", True),
                 Column("chain_granules", "i32", "granules", "identities recorded for it, prompt and output"),

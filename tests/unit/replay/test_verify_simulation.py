@@ -251,6 +251,28 @@ def test_runs_with_aborts_after_calls_without_tokens(seed: int, tmp_path: Path) 
     assert not [check for check in found["checks"] if check["mismatches"] or check["skipped"]]
 
 
+def test_only_an_idle_engine_takes_requests_before_their_step(tmp_path: Path) -> None:
+    """In runs of a larger engine, done sooner: those of one recorded step, once all before them have ended."""
+    early = 0
+    for seed in range(400, 460):
+        case = aborted_after_empty_calls(random_case(seed, asynchronous=True), seed)
+        source = recorded(random_run(case, tmp_path / f"{seed}.kvt"))
+        settings = as_settings(case.settings)
+        model = case.settings.max_model_len
+        more = settings.changed_to(
+            num_blocks=4 * settings.num_blocks, max_num_batched_tokens=4 * model, max_num_seqs=64
+        )
+        write_run(tmp_path / f"{seed}-more.kvt", source, more)
+        told = open_trace(tmp_path / f"{seed}-more.kvt").requests.sort("request")
+        came, ended = told["arrival_ns"].to_numpy(), told["finish_ns"].to_numpy()
+        for request in np.flatnonzero(told["arrival_step"].to_numpy() < source.arrival_step):
+            before = np.flatnonzero(source.arrival_step < source.arrival_step[request])
+            before = before[came[before] <= came[request]]
+            assert (ended[before] <= came[request]).all(), seed
+            early += 1
+    assert early > 20
+
+
 @pytest.mark.parametrize("seed", [2, 3, 4, 5, 6])
 def test_tokens_that_nobody_knows(seed: int, tmp_path: Path) -> None:
     trace = random_run(random_case(seed), tmp_path / "run.kvt", longer=40)

@@ -277,7 +277,7 @@ class Reader:
             row["finish_reason"] = FINISH_REASONS[min(reason, 6)]
             row["output_tokens"] = output
             row["finish_step"], row["finish_ns"] = self.now(), self.time
-            row["finish_empty_calls"] = self.empty
+            row["finish_empty_calls"] = 0 if self.inside else self.empty
 
     def op13(self, delta: int, w: Words) -> None:  # BEGIN
         self.time += delta

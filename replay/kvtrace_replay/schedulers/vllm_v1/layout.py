@@ -67,7 +67,8 @@ DONE, FULL, STUCK = range(3)
 
 # What reaches the engine from outside, once so many steps have begun: arrivals, `come`, int64[n, 3]: (due, request,
 # whether late: not before the outputs of all steps begun, if nothing else is left to do), and aborts, `gone`,
-# int64[m, 3]: (due, whether late: not before the output that the last step begun waits for, request), both sorted.
+# int64[m, 4]: (due, whether late: not before the output that the last step begun waits for, request, calls without
+# tokens that come before, while that is the last step), sorted by when they are due, aborts then by those calls.
 X_DUE, X_REQUEST, X_LATE = range(3)
 A_DUE, A_LATE, A_REQUEST, A_CALLS = range(4)
 

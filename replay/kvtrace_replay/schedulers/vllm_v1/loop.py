@@ -132,16 +132,28 @@ def awaits_calls(g, gone):
 
 
 @njit(cache=False, forceinline=True)
+def abort_awaits(g, req, gone):
+    """As `awaits_calls`, of a request that has come."""
+    return awaits_calls(g, gone) and req[gone[g[G_ABORTED], A_REQUEST], R_STATUS] != NEW
+
+
+@njit(cache=False, forceinline=True)
+def drop_ended(g, req, gone):
+    """Pass over aborts of requests that have ended."""
+    while g[G_ABORTED] < gone.shape[0] and req[gone[g[G_ABORTED], A_REQUEST], R_STATUS] == FINISHED:
+        g[G_ABORTED] += 1
+
+
+@njit(cache=False, forceinline=True)
 def is_held_back(p, g, req, st, come, gone, flight_n):
     """Whether the next arrival, after all outputs were in, has to wait: for an abort that comes first, or for outputs,
     as the engine is about to run dry."""
     at, next_abort = g[G_ARRIVED], g[G_ABORTED]
     if not come[at, X_LATE] or come[at, X_DUE] != g[G_STEP]:
         return False
-    if next_abort < gone.shape[0] and gone[next_abort, A_DUE] <= g[G_STEP] and not awaits_calls(g, gone):
-        status = req[gone[next_abort, A_REQUEST], R_STATUS]
-        if status != FINISHED and status != NEW:
-            return True
+    due = next_abort < gone.shape[0] and gone[next_abort, A_DUE] <= g[G_STEP] and not awaits_calls(g, gone)
+    if due and req[gone[next_abort, A_REQUEST], R_STATUS] != NEW:
+        return True
     return runs_dry(p, g, req, st, flight_n)
 
 
@@ -192,21 +204,23 @@ def take_aborts(
         due = max(due, gone[g[G_ABORTED], A_DUE])
         if p[P_BY_TIME]:
             g[G_NOW] = due
+    drop_ended(g, req, gone)
     while g[G_ABORTED] < gone.shape[0] and gone[g[G_ABORTED], A_DUE] <= due:
         if only_early and gone[g[G_ABORTED], A_LATE]:
             break
         if g[G_IDLE] != STARVED and awaits_calls(g, gone):
             break
         request = gone[g[G_ABORTED], A_REQUEST]
-        if req[request, R_STATUS] != FINISHED and req[request, R_STATUS] != NEW:
+        if req[request, R_STATUS] == NEW:
+            req[request, O_REASON] = ABORTED
+        else:
             if p[P_LOG] and not only_early and g[G_LOG] + room > log.shape[0]:
                 return False
             if p[P_LOG] and g[G_FLIGHTS] > 0:
                 log_moment(log, g)
             finish(tag, pol, p, g, req, blk, first, table, order, log, st, phases, ends, times, request, ABORTED)
-        elif req[request, R_STATUS] == NEW:
-            req[request, O_REASON] = ABORTED
         g[G_ABORTED] += 1
+        drop_ended(g, req, gone)
     return True
 
 
@@ -368,24 +382,27 @@ def _run(
             return FULL
         if p[P_TIMED] and g[G_GAPS] + flights.shape[1] + 1 > gaps.shape[0]:
             return FULL
+        drop_ended(g, req, gone)
         due = next_due(g, come, gone)
         if (g[G_IDLE] or due <= position(p, g)) and not take_arrivals(
             tag, pol, p, g, req, blk, first, table, order, come, gone, log, arrivals, arrival_at, room, flight_n,
             st, phases, ends, times,
         ):  # fmt: skip
             return FULL
+        if g[G_IDLE] == IDLE:  # those of one step came: coming back here from FULL must not take in the next
+            g[G_IDLE] = 0
         if (g[G_IDLE] or due <= position(p, g)) and not take_aborts(
             tag, pol, p, g, req, blk, first, table, order, gone, log, room, False, st, phases,
             ends, times,
         ):  # fmt: skip
             return FULL
-        held_back = g[G_ARRIVED] < come.shape[0] and come[g[G_ARRIVED], X_LATE] and due == g[G_STEP]
-        if held_back and not take_arrivals(
+        g[G_IDLE] = 0
+        at = g[G_ARRIVED]  # an abort may have been what the next arrival waited for
+        if at < come.shape[0] and come[at, X_LATE] and come[at, X_DUE] == g[G_STEP] and not take_arrivals(
             tag, pol, p, g, req, blk, first, table, order, come, gone, log, arrivals, arrival_at, room, flight_n,
             st, phases, ends, times,
         ):  # fmt: skip
             return FULL
-        g[G_IDLE] = 0
         if coast(
             tag, pol, p, g, req, blk, first, table, chain, owners, log, st, phases, ends, costs, gaps, flight_n,
             next_due(g, come, gone),
@@ -416,7 +433,7 @@ def _run(
                 if g[G_QUIET] > 100 + 2 * g[G_LIVE]:  # they preempt each other for ever
                     g[G_STUCK] = req[end, R_RUN_NEXT] if g[G_RUNNING] > 0 else sch[0, 0]
                     return STUCK
-            elif unfinished > 0 and calm and not awaits_calls(g, gone) and is_stuck(p, g, req, order, flight_n):
+            elif unfinished > 0 and calm and not abort_awaits(g, req, gone) and is_stuck(p, g, req, order, flight_n):
                 if g[G_ARRIVED] < come.shape[0]:
                     g[G_IDLE] = IDLE
                 elif g[G_ABORTED] < gone.shape[0]:

@@ -376,7 +376,8 @@ def _parameters(
 def _room(recorded: Recorded, settings: Settings, aborted: I64) -> int:
     """Words that a call, its output and the aborts between them can log at most."""
     early = aborted[aborted[:, at.A_LATE] == 0, at.A_DUE]
-    aborts = int(np.unique(early, return_counts=True)[1].max(initial=0))
+    # Those after a step, and those after the step before that waited for calls which were not made.
+    aborts = 2 * int(np.unique(early, return_counts=True)[1].max(initial=0))
     slots = _slots(recorded, settings)
     per_block = 8 + 4 * recorded.stride(settings.block_size)
     return 2 * per_block * settings.num_blocks + 64 * slots + 8 * aborts + 256
