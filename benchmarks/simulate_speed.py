@@ -37,7 +37,7 @@ from kvtrace_replay.schedulers.vllm_v1.run import Run, compile_for, simulate_run
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from simulation import twin
+from simulation import twin, twin_words
 from simulation.cases import Case, identities
 from simulation.kernel import as_recorded, as_settings
 
@@ -74,10 +74,10 @@ def case_of(load: dict[str, int], asynchronous: bool) -> Case:
         tokens.append((prompt, tuple(token(i, p) for p in range(load["output"] - i % 23))))
     chains = identities([prompt + output for prompt, output in tokens], BLOCK)
     requests = [
-        twin.Request(0, len(prompt), len(output), len(output), chain, arrival_time=float(i), request_id=f"r{i}")
+        twin_words.Request(0, len(prompt), len(output), len(output), chain, arrival_time=float(i), request_id=f"r{i}")
         for i, ((prompt, output), chain) in enumerate(zip(tokens, chains, strict=True))
     ]
-    settings = twin.Settings(
+    settings = twin_words.Settings(
         num_blocks=load["num_blocks"], block_size=BLOCK, max_num_seqs=load["seqs"], max_num_batched_tokens=BUDGET,
         max_model_len=2048, async_scheduling=asynchronous,
     )  # fmt: skip
@@ -261,8 +261,8 @@ def long_recording(n: int) -> tuple[Recorded, Settings]:
         prompt, output, group = rng.randrange(256, 768), rng.randrange(32, 352), rng.randrange(200)
         shared = range(group * 64, group * 64 + prompt // 2 // BLOCK)
         chain = (*shared, *itertools.islice(fresh, (prompt + output) // BLOCK - len(shared)))
-        requests.append(twin.Request(0, prompt, output, output, chain, arrival_time=float(i), request_id=f"r{i}"))
-    settings = twin.Settings(num_blocks=8000, block_size=BLOCK, max_num_seqs=128, max_num_batched_tokens=BUDGET)
+        requests.append(twin_words.Request(0, prompt, output, output, chain, arrival_time=float(i), request_id=f"r{i}"))
+    settings = twin_words.Settings(num_blocks=8000, block_size=BLOCK, max_num_seqs=128, max_num_batched_tokens=BUDGET)
     case = Case(settings, requests, [])
     return as_recorded(case), as_settings(settings)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from kvtrace_replay.schedulers.families import NEWEST, Rules
 
-from .twin import Request, Settings
+from .twin_words import Request, Settings
 
 STOP = 2
 

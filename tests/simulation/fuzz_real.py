@@ -29,7 +29,7 @@ from engine_support.models import tiny_llama
 from engine_support.worker import Worker
 
 from .cases import STOP, Case, random_case
-from .twin import Settings
+from .twin_words import Settings
 
 BEYOND = "aborted-beyond-record"
 CHANGED = (

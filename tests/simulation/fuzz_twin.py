@@ -16,7 +16,8 @@ from kvtrace_replay.schedulers.families import VICTIM_STAYS_SCHEDULED, rules_of
 
 from .cases import RARE, Case, random_case
 from .judge import Endless, JudgeError, JudgeProcess, unpack
-from .twin import CannotFinish, Run, simulate
+from .twin import simulate
+from .twin_words import CannotFinish, Run
 
 
 def difference(mine: Run, theirs: Run) -> str:

@@ -5,7 +5,7 @@
     with JudgeProcess(unpack("0.25.0", cache)) as judge:   # an older one, from its wheel's Python files
         run = judge.run(case)
 
-`run` is a `twin.Run`, to be compared with `==`. Needs the environment with vLLM's CPU build.
+`run` is a `twin_words.Run`, to be compared with `==`. Needs the environment with vLLM's CPU build.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 from engine_support.engine import ENVIRONMENT
 
 from .cases import Case
-from .twin import Run
+from .twin_words import Run
 
 TESTS = Path(__file__).resolve().parents[1]
 FETCH_SECONDS = 600

@@ -18,7 +18,7 @@ from kvtrace_replay.schedulers.vllm_v1.run import simulate_run
 from kvtrace_traces import open_trace
 from kvtrace_traces.schema import FINISH_REASONS
 
-from . import twin
+from . import twin_words
 
 NEVER = -2
 
@@ -135,7 +135,7 @@ def as_start(case: Any, state: Any, source: Recorded) -> Recorded:
     return replace(source, start=start, hashes=np.append(source.hashes, np.array(extra, np.uint64)))
 
 
-def as_settings(settings: twin.Settings) -> Settings:
+def as_settings(settings: twin_words.Settings) -> Settings:
     return Settings(
         num_blocks=settings.num_blocks,
         block_size=settings.block_size,
@@ -157,8 +157,8 @@ def as_settings(settings: twin.Settings) -> Settings:
 
 
 def kernel_run(case: Any, fast: bool = True, source: Recorded | None = None, **more: Any) -> dict[str, Any]:
-    """The compiled scheduler's run of a case, as lists in the shapes of `twin.Run`; `source`: what reaches it, if not
-    the case's requests alone; `more`: further settings."""
+    """The compiled scheduler's run of a case, as lists in the shapes of `twin_words.Run`; `source`: what reaches it, if
+    not the case's requests alone; `more`: further settings."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.kvt"
         source = source or as_recorded(case)
@@ -186,7 +186,8 @@ def totals(case: Any, source: Recorded | None = None, **options: Any) -> dict[st
 
 
 def in_words(trace: Any, names: list[int]) -> dict[str, Any]:
-    """What a trace tells of a run, in the shapes of `twin.Run`; identities are their hashes, requests are `names`."""
+    """What a trace tells of a run, in the shapes of `twin_words.Run`; identities are their hashes, requests are
+    `names`."""
     hashes = trace.chains().hashes
     events = [
         (

@@ -19,8 +19,9 @@ from kvtrace_traces.errors import UsageError
 
 from .cases import RARE, Case, random_case
 from .kernel import difference, kernel_run, twin_in_words
-from .twin import CannotFinish, simulate
+from .twin import simulate
 from .twin_rules import RULES
+from .twin_words import CannotFinish
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "vllm-semantics.md"
 BEGIN, END = "<!-- begin mutations -->", "<!-- end mutations -->"

@@ -6,9 +6,9 @@ import random
 from dataclasses import replace
 
 from .cases import Case, identities, random_case
-from .twin import Request, Settings
 from .twin_offload_words import Offload
 from .twin_simple import Simple
+from .twin_words import Request, Settings
 
 
 def offload_case(seed: int, asynchronous: bool | None = False) -> tuple[Case, Offload]:

@@ -13,8 +13,8 @@ from kvtrace_replay.timing.costs import StepCosts
 
 from .cases import Case, random_case
 from .kernel import as_recorded, as_settings, by_arrival, totals
-from .twin import CannotFinish, Request, Run, Settings
 from .twin_clock import Times, simulate_timed
+from .twin_words import CannotFinish, Request, Run, Settings
 
 
 def costs_of(seed: int) -> StepCosts:

@@ -20,7 +20,8 @@ from kvtrace_traces.schema import FINISH_REASONS
 
 from .cases import RARE, Case, aborted_after_empty_calls, random_case
 from .kernel import by_arrival, difference, kernel_run, totals, twin_in_words
-from .twin import CannotFinish, Run, simulate
+from .twin import simulate
+from .twin_words import CannotFinish, Run
 
 VERSIONS = ("0.10.2", "0.11.1", "0.16.0", "0.20.0", "0.24.0", "0.27.0", "0.28.0", "0.31.0", "0.32.0")
 CHUNKS, CHUNK = 2, 24

@@ -16,8 +16,9 @@ from kvtrace_traces.schema import INEXACT
 from . import mutations
 from .kernel import kernel_run
 from .mutations import DOCS, GROUPS, case_named, compared, explained, kernel_words, rows_of, told_apart
-from .twin import CannotFinish, simulate
+from .twin import simulate
 from .twin_rules import RULES
+from .twin_words import CannotFinish
 
 TEXT = DOCS.read_text()
 ROWS = {rule: (function, count, first) for rule, function, count, first in rows_of(TEXT)}

@@ -16,9 +16,9 @@ from .cases import Case
 from .kernel import by_arrival
 from .kernel_offload import difference, in_words, kernel_run, twin_in_words
 from .offload_cases import offload_case
-from .twin import CannotFinish
 from .twin_offload_clock import CLOCK_RULES, OffloadTimes, simulate_timed
 from .twin_offload_words import Offload, OffloadRun
+from .twin_words import CannotFinish
 
 SEEDS = 250
 
@@ -209,7 +209,7 @@ def test_slow_and_fast_links() -> None:
 def test_a_request_by_hand() -> None:
     """Two requests with one prefix of two blocks, and a cache that keeps none of it: what the second waits for."""
     from .cases import identities
-    from .twin import Request, Settings
+    from .twin_words import Request, Settings
 
     prompts = [tuple(range(10, 18)), tuple(range(50, 70)), (*range(10, 18), 99)]
     chains = identities(list(prompts), 4)

@@ -15,8 +15,8 @@ from kvtrace_traces.errors import UsageError
 from .kernel import as_recorded, as_settings
 from .kernel_offload import difference, in_words, kernel_run, twin_in_words
 from .offload_cases import offload_case
-from .twin import CannotFinish
 from .twin_offload import simulate
+from .twin_words import CannotFinish
 
 SEEDS = 300
 

@@ -11,9 +11,9 @@ from .cases import identities
 from .judge import Endless
 from .judge_offload import OffloadJudgeProcess
 from .offload_cases import offload_case
-from .twin import CannotFinish, Request, Settings
 from .twin_offload import simulate
 from .twin_offload_words import RULES, Offload, OffloadRun
+from .twin_words import CannotFinish, Request, Settings
 
 FIELDS = ("tier", "transfers", "lookups", "preemptions", "steps", "events", "requests", "empty_after")
 SEEDS = 200  # of each of synchronous and asynchronous scheduling

@@ -17,7 +17,7 @@ from kvtrace_replay.verify import verify
 from kvtrace_traces import open_trace
 from kvtrace_traces.errors import UsageError
 
-from . import twin
+from . import twin, twin_words
 from .cases import random_case
 from .kernel import kernel_run, twin_in_words
 from .twin_pool import Pool
@@ -114,7 +114,7 @@ def test_a_policy_drives_the_pool(policy: str, monkeypatch: pytest.MonkeyPatch) 
         case = random_case(seed)
         try:
             theirs = twin_in_words(twin.simulate(case.requests, case.settings))
-        except (twin.CannotFinish, ValueError):
+        except (twin_words.CannotFinish, ValueError):
             continue
         for fast in (True, False):
             mine = kernel_run(case, fast, policy=policy)

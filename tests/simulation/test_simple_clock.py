@@ -15,10 +15,10 @@ from .kernel_offload import difference
 from .kernel_simple import in_words, kernel_run, twin_in_words
 from .offload_cases import offload_case, simple_case
 from .test_offload_clock import costs_of
-from .twin import CannotFinish
 from .twin_offload_clock import OffloadTimes
 from .twin_simple import Simple, SimpleRun
 from .twin_simple_clock import CLOCK_RULES, simulate_timed
+from .twin_words import CannotFinish
 
 SEEDS = 40
 

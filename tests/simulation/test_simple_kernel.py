@@ -18,8 +18,8 @@ from .kernel import as_recorded, as_settings
 from .kernel_offload import difference
 from .kernel_simple import in_words, kernel_run, twin_in_words
 from .offload_cases import offload_case, simple_case
-from .twin import CannotFinish
 from .twin_simple import Simple, simulate
+from .twin_words import CannotFinish
 
 SEEDS = 80
 

@@ -12,8 +12,8 @@ from .cases import Case, identities
 from .judge import Endless
 from .judge_simple import SimpleJudgeProcess
 from .offload_cases import offload_case, simple_case
-from .twin import CannotFinish, Request, Settings
 from .twin_simple import RULES, Simple, SimpleRun, simulate
+from .twin_words import CannotFinish, Request, Settings
 
 FIELDS = ("transfers", "host", "lookups", "preemptions", "steps", "events", "requests", "empty_after", "evicted")
 SEEDS = 20

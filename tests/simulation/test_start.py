@@ -28,9 +28,10 @@ from .cases import Case, random_case
 from .kernel import as_recorded, as_settings, as_start, difference, kernel_run, totals, twin_in_words
 from .test_kernel import VERSIONS, expected_totals, step_rows
 from .test_policies import PolicyPool, comparable
-from .twin import CannotFinish, Run, simulate
+from .twin import simulate
 from .twin_pool import Pool
 from .twin_start import State, moved_to, simulate_and_stop, simulate_from, tail_in_words, tail_of
+from .twin_words import CannotFinish, Run
 
 RUNS, STEPS = 7, 4
 

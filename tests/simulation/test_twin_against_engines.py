@@ -23,7 +23,7 @@ from .cases import RARE, Case, aborted_after_empty_calls, random_case
 from .fuzz_twin import compare
 from .judge import Endless, JudgeError, JudgeProcess, Unavailable, unpack
 from .kernel import difference, kernel_run, twin_in_words
-from .twin import Settings
+from .twin_words import Settings
 
 pytestmark = pytest.mark.engine
 

@@ -13,7 +13,8 @@ from kvtrace_replay.timing.profile import Model, Profile
 
 from .cases import random_case
 from .kernel import by_arrival, difference, kernel_run, twin_in_words
-from .twin import CannotFinish, Live, _Engine
+from .twin import _Engine
+from .twin_words import CannotFinish, Live
 
 
 class _Chooses(_Engine):

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from kvtrace_replay.timing.costs import StepCosts
 
-from .twin import Batch, Live, Request, Run, Settings, _Engine
+from .twin import _Engine
+from .twin_words import Batch, Live, Request, Run, Settings
 
 
 @dataclass

@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Sequence
 
 from . import twin
-from .twin import CannotFinish, Live, Request, Settings
 from .twin_offload_words import RULES, Job, Offload, OffloadRun, Side
 from .twin_tier import Tier
+from .twin_words import Batch, CannotFinish, Live, Request, Settings
 
 PATIENCE = 20  # empty calls in a row after which nothing will ever happen
 
@@ -62,7 +62,7 @@ class _OffloadEngine(twin._Engine):
 
     def run(self) -> OffloadRun:
         depth = 2 if self.settings.async_scheduling else 1
-        queue: deque[tuple[twin.Batch, list[int]]] = deque()
+        queue: deque[tuple[Batch, list[int]]] = deque()
         while True:
             self._arrive([one for one in self.live if self._due(one) <= self._position()])
             self._abort()
@@ -142,7 +142,7 @@ class _OffloadEngine(twin._Engine):
             self.to_free.append((self.steps_called, one.number, one.table))
         one.table = []
 
-    def _update(self, batch: twin.Batch) -> None:
+    def _update(self, batch: Batch) -> None:
         if batch.scheduled:
             self.steps_done += 1
             while self.to_free and self.to_free[0][0] <= self.steps_done:
@@ -152,7 +152,7 @@ class _OffloadEngine(twin._Engine):
 
     # -------------------------------------------------------------------------------------------- Scheduler.schedule
 
-    def _call(self) -> twin.Batch:
+    def _call(self) -> Batch:
         self.notice, self.in_call = False, True
         self.scheduled, self.worker_computed = {}, {}
         self.admitted: set[int] = set()

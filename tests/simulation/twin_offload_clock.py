@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 from kvtrace_replay.timing.costs import StepCosts, TransferCosts
 
-from .twin import Batch, Live, Request, Settings
 from .twin_clock import Times
 from .twin_offload import _OffloadEngine
 from .twin_offload_words import Offload, OffloadRun
+from .twin_words import Batch, Live, Request, Settings
 
 #: Rules of the clock that `simulate_timed(..., without=name)` leaves out.
 CLOCK_RULES = (

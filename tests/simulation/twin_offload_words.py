@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .twin import Run
+from .twin_words import Run
 
 #: Rules that `simulate(..., broken=name)` can break.
 RULES = (

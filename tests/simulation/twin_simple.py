@@ -11,11 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import twin
-from .twin import CannotFinish, Live, Request, Settings
 from .twin_offload import _OffloadEngine
 from .twin_offload_words import Job, Offload, OffloadRun
 from .twin_pool import Pool
+from .twin_words import Batch, CannotFinish, Live, Request, Settings
 
 #: Rules that `simulate(..., broken=name)` can break, beside those of the scheduler: see docs/offload.md.
 RULES = (
@@ -122,7 +121,7 @@ class SimpleEngine(_OffloadEngine):
         stores = any(not job.load for job in self.jobs.values()) and self.on("copies-keep-awake")
         return (rest or stores) and self.calls - self.alive < self.idle_calls
 
-    def _call(self) -> twin.Batch:
+    def _call(self) -> Batch:
         batch = super()._call()
         self.calls += 1
         loading = any(job.load for job in self.jobs.values())

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from kvtrace_replay.timing.costs import StepCosts, TransferCosts
 
-from .twin import Request, Settings
 from .twin_offload_clock import OffloadTimes, _TimedOffload
 from .twin_simple import Simple, SimpleEngine, SimpleRun
+from .twin_words import Request, Settings
 
 #: Rules of the clock that `simulate_timed(..., without=name)` leaves out.
 CLOCK_RULES = (

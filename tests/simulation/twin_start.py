@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .cases import Case
-from .twin import Batch, Request, Run, Settings, _Engine
+from .twin import _Engine
+from .twin_words import Batch, Request, Run, Settings
 
 #: What a request's state is made of.
 OF_A_REQUEST = (
