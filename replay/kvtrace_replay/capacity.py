@@ -13,6 +13,7 @@ from kvtrace_replay.workload.model import Workload
 from kvtrace_traces.errors import UsageError
 
 INFINITE = math.inf
+MOST_BLOCKS = 2**53 - 1  # a float tells them apart
 _FORMS = "write blocks (1000, 10k, 2M), a share (50%), tokens (65536tok), memory (8GiB, 500MB) or inf"
 _AMOUNTS = "write blocks (1000, 10k), tokens (65536tok) or memory (8GiB, 500MB)"
 _NUMBER = re.compile(r"([+-]?(?:\d+(?:_\d+)*(?:\.\d*)?|\.\d+)(?:e[+-]?\d{1,3})?)\s*([a-z%]*)", re.IGNORECASE)
@@ -104,4 +105,6 @@ def distinct_blocks(workload: Workload, semantics: str) -> int:
 def _at_least_one(blocks: int, shown: str, forms: str = _FORMS) -> int:
     if blocks < 1:
         raise UsageError(f"capacity {shown} comes to 0 blocks: give 1 block or more ({forms})")
+    if blocks > MOST_BLOCKS:
+        raise UsageError(f"capacity {shown} is too large: at most {MOST_BLOCKS:,} blocks, or inf")
     return blocks

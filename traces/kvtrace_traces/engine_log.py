@@ -159,6 +159,8 @@ class EngineLog:
         if last in (wire.END, wire.NEXT):
             if last == wire.NEXT and segment is self.segments[-1]:
                 self.notes.append(f"{name} goes on in a further segment, which is not here")
+        elif last == wire.LOSS and found.ending == COMPLETE:
+            pass  # it says itself why nothing follows
         elif found.ending == COMPLETE or found.ending == OPEN:
             self.notes.append(f"{name} has no end record: the engine was still running or was killed")
         else:

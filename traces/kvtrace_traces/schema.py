@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 FORMAT_MAJOR = 1
 FORMAT_MINOR = 3
+MAX_BLOCK_TOKENS = 1 << 24  # a block's, and a granule's
 
 
 class Column(NamedTuple):

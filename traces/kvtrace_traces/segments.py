@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from kvtrace_traces import wire
 from kvtrace_traces.errors import KvtraceError
 from kvtrace_traces.scan import Scan, scan
+from kvtrace_traces.schema import MAX_BLOCK_TOKENS
 
 MAX_BLOCKS = 1 << 27
-MAX_BLOCK_TOKENS = 1 << 24
 TRIES = 3
 
 

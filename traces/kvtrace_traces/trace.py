@@ -45,11 +45,17 @@ def open_trace(path: str | Path, recover: str = "tail") -> Trace:
         raise KvtraceError(f"{path} does not exist")
     runs: dict[str, list[Segment]] = defaultdict(list)
     begun = [file for file in files if not never_begun(file)] or files
+    others: list[Path] = []
     for file in begun:
         segment = open_segment(file)
-        runs[str(segment.header.get("run_id", file))].append(segment)
+        run = str(segment.header.get("run_id", file))
+        if runs and run not in runs and not path.is_dir():
+            others.append(file)
+        else:
+            runs[run].append(segment)
     trace = Trace(path, [EngineLog(segments, recover) for segments in runs.values()], recover)
     trace.warnings += [f"{file.name} was made ready and never written to" for file in files if file not in begun]
+    trace.warnings += [f"{file.name} beside it is of another run, and left out" for file in others]
     return trace
 
 

@@ -45,6 +45,8 @@ def command(format_: str, trace: Path, out: Path, force: bool) -> int:
         from kvtrace.views import shipped
 
         options["beside"] = shipped.write
-    exporters.run(format_, opened.reader, out, force=force, **options)
+    done = exporters.run(format_, opened.reader, out, force=force, **options)
     note(f"wrote {out}")
+    if format_ == "csv" and done["block_size"] > 1:
+        note(f"a CSV does not tell how large a block is: kvtrace import csv {out} --block-size {done['block_size']}")
     return exit_code([opened])

@@ -90,7 +90,7 @@ def _remarks(done: dict[str, Any]) -> list[str]:
     if done["odd_lengths"]:
         said.append(
             f"{done['odd_lengths']:,} requests have another number of ids than their prompt has blocks; "
-            "token-weighted figures take both as they stand"
+            "token-weighted figures take both as they stand (--block-size N says how many tokens a block has)"
         )
     if 0 < done["untimed"] < done["requests"]:
         said.append(f"{done['untimed']:,} requests have no arrival time")

@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 import click
 
 from kvtrace_traces.errors import KvtraceError, UsageError
+from kvtrace_traces.outputs import refuse_input
 
 if TYPE_CHECKING:
     import polars as pl
@@ -162,13 +163,31 @@ def flat_lists(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def refuse_to_overwrite(path: Path, force: bool) -> None:
-    """Raise UsageError where `path` is taken and --force was not given, or cannot be written at all."""
+    """Raise UsageError where `path` is taken and --force was not given, is an argument of the command that is run, or
+    cannot be written at all."""
+    refuse_input(path, _arguments())
     if path.is_dir():
         raise UsageError(f"{path} is a folder")
     if path.exists() and not force:
         raise UsageError(f"{path} exists; --force overwrites it")
     if not path.parent.is_dir():
         raise UsageError(f"there is no folder {path.parent}")
+
+
+def _arguments() -> Iterator[Path]:
+    """The files and folders among the arguments of the command that is run, which are what it reads."""
+    context = click.get_current_context(silent=True)
+    if context is None:
+        return
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        if isinstance(parameter, click.Argument) and value is not None:
+            for one in value if isinstance(value, tuple) else (value,):
+                try:
+                    if os.path.exists(one):
+                        yield Path(one)
+                except ValueError:  # no name of a file
+                    continue
 
 
 @contextmanager

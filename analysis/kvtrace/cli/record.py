@@ -181,8 +181,12 @@ def _summary(file: Path) -> str:
         import kvtrace
 
         try:
-            info = kvtrace.open(file).info
-            return f"{info['requests']:,} requests, {info['steps']:,} steps, {people.size(size)}"
+            trace = kvtrace.open(file)
+            info, reasons = trace.info, trace.losses["reason"].unique(maintain_order=True).to_list()
+            whole = f", incomplete: {', '.join(reasons)}" if reasons else ""
+            if not (trace.complete or reasons):
+                whole = ", no end record: its engine was killed, or is still running"
+            return f"{info['requests']:,} requests, {info['steps']:,} steps, {people.size(size)}{whole}"
         except KvtraceError:  # an engine that never came up leaves a file with little in it
             pass
     return people.size(size)

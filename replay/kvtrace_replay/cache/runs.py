@@ -24,14 +24,17 @@ from kvtrace_replay.cache.totals import (
     BYPASSED,
     EVICTIONS,
     EXPIRED,
+    IMPOSSIBLE,
     N_TOTALS,
     PIN_OVERFLOWS,
     PINNED,
     RESIDENT,
     TOKEN_HITS,
+    ratio_of,
 )
 from kvtrace_replay.capacity import parse_capacity
 from kvtrace_replay.cores import cores
+from kvtrace_replay.policies.refusal import reason
 from kvtrace_replay.policies.registry import MAX_STATE, SEMANTICS, Policy, find_policy
 from kvtrace_replay.structures.recency import new_recency
 from kvtrace_replay.workload.model import Workload
@@ -192,9 +195,7 @@ def _drive(
     try:
         warm(driver, (*before, 0, steps, *after, *padded))
     except NumbaError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        first_line = next((line for line in lines[1:] if "Error" in line or ": " in line), lines[0])
-        raise KvtraceError(f"policy {entry.name!r} does not compile: {first_line}") from error
+        raise KvtraceError(f"policy {entry.name!r} does not compile: {reason(error)}") from error
     seconds = _timed(lambda first, last: driver(*before, first, last, *after, *padded), run.warmup_steps, steps, totals)
     if totals[BAD_VICTIM]:
         raise KvtraceError(f"policy {entry.name!r} is wrong: its evict returned a block that may not be evicted")
@@ -267,6 +268,7 @@ def _row(entry: Policy, run: Prepared, capacity: int | float, warmup: float) -> 
     row["expired_blocks"] = int(totals[EXPIRED])
     row["bypassed_blocks"] = int(totals[BYPASSED])
     for kind in ("block", "token"):
-        if row[f"{kind}_lookups"] > 0:
-            row[f"{kind}_hit_ratio"] = row[f"{kind}_hits"] / row[f"{kind}_lookups"]
+        row[f"{kind}_hit_ratio"] = ratio_of(row[f"{kind}_hits"], row[f"{kind}_lookups"])
+    if row["token_hits"] > row["token_lookups"]:
+        row["why"] = IMPOSSIBLE
     return row, (hits[run.carried :], overflowed[run.carried :])

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import polars as pl
 
 from kvtrace_replay.cache.runs import replay
+from kvtrace_replay.cache.totals import IMPOSSIBLE
 from kvtrace_replay.capacity import distinct_blocks
 from kvtrace_replay.curves.lru import LruCurve, largest_request, lru_curve, read_only
 from kvtrace_replay.policies.lru import Lru
@@ -50,7 +51,7 @@ class Exact:
     def __init__(self, workload: Workload, policy: str, semantics: str, warmup: float = 0.0) -> None:
         """Raises UsageError for an unknown policy, or one without a meaning in `semantics`."""
         entry = find_policy(policy)
-        entry.within(semantics)
+        self.within = entry.within(semantics)
         self.workload, self.policy, self.semantics, self.warmup = workload, policy, semantics, warmup
         self.called = entry.called
         self.one_pass = is_plain_lru(entry) and semantics in ("object", "prefix")
@@ -119,14 +120,14 @@ class Exact:
                 "token_hit_ratio": _ratio(tokens, curve.token_lookups),
                 "warmup": self.warmup,
                 "method": ONE_PASS,
-                "why": None,
+                "why": pl.select(pl.when(pl.Series(tokens > curve.token_lookups)).then(pl.lit(IMPOSSIBLE))).to_series(),
             },
             schema=SCHEMA,
         )
 
 
 def _ratio(hits: npt.NDArray[np.int64], lookups: int) -> pl.Series:
-    return pl.Series(hits / lookups if lookups else np.full(hits.size, np.nan)).fill_nan(None)
+    return pl.Series(np.where(hits > lookups, np.nan, hits / lookups if lookups else np.nan)).fill_nan(None)
 
 
 def is_plain_lru(policy: Policy) -> bool:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_left
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,7 @@ class _Part:
 
     def ratios(self, row: dict[str, Any]) -> Ratios | None:
         """The whole workload's hit ratios, from a row of this part's; None where they cannot be told."""
-        if row["why"] is not None:
+        if row["block_hits"] is None:
             return None
         found: Ratios = {}
         for i, kind in enumerate(_KINDS):
@@ -126,9 +127,12 @@ class Sampled:
     def default_points(self) -> list[int]:
         """Log-spaced capacities of which the half-samples' caches can hold the largest request."""
         need = max(smallest_capacity(part.exact.workload, self.semantics) for part in self.parts)
+        every = distinct_blocks(self.workload, self.semantics)
+        placed = bisect_left(range(need, every), True, key=lambda size: all(self._can_be(p, size) for p in self.parts))
+        need += placed
         trunk = self.units.trunk_blocks
         first = trunk + math.ceil(max(need - trunk, 1) / (self.rate / 2))
-        return spread(first, distinct_blocks(self.workload, self.semantics), SAMPLE_POINTS)
+        return spread(first, every, SAMPLE_POINTS)
 
     def at(self, capacities: Capacities, threads: int | None = None) -> pl.DataFrame:
         """A row for each capacity, in their order; columns as in SAMPLE_SCHEMA."""
@@ -162,12 +166,19 @@ class Sampled:
 
     def _estimate(self, part: _Part, capacities: Capacities, threads: int | None) -> list[Ratios | None]:
         sizes = [self._scaled(capacity, part.rate) for capacity in capacities]
-        possible = sorted({size for size in sizes if size >= 1})
+        possible = sorted({size for size in sizes if self._can_be(part, size)})
         if not possible or part.exact.workload.n_refs == 0:
             return [None] * len(sizes)
         rows = part.exact.at(possible, threads).iter_rows(named=True)
         found = {size: part.ratios(row) for size, row in zip(possible, rows, strict=True)}
         return [found.get(size) for size in sizes]
+
+    def _can_be(self, part: _Part, size: int | float) -> bool:
+        """Whether a sample's cache of `size` blocks stands for a larger one; see `Policy.places`."""
+        if self.semantics != "object" or math.isinf(size):
+            return size >= 1
+        fits = size >= distinct_blocks(part.exact.workload, "object")
+        return size >= 1 and (fits or part.exact.within.places_at(int(size)))
 
     def _scaled(self, capacity: int | float, rate: float) -> int | float:
         """Blocks of the sample's cache, 0 where the capacity does not even hold the trunk."""
@@ -193,4 +204,6 @@ class Sampled:
         need = smallest_capacity(self.parts[0].exact.workload, self.semantics)
         size = self._scaled(capacity, self.rate)
         few = f"a capacity of {capacity} blocks is one of {size} in the sample"
+        if need <= size:
+            return f"{few}, too few for {self.parts[0].exact.called} to place any: take a higher rate"
         return f"{few}, in which a single request needs {need}: take a higher rate"

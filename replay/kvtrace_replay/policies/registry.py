@@ -19,7 +19,10 @@ and, where it wants them, of these, compiled too:
         def remove(key, *state): ...                 # `key` is gone, though not as a victim
         def soon(key, near, pins, *state): ...       # `key` is about to be asked for
 
-where `*state` stands for the arrays of `setup` under names of the policy's own. Keyword arguments of `setup`
+and one more in Python, `places(capacity, **parameters)`: False where the rule has too few blocks in `object` semantics
+to place any. A sample of a trace has no scaled cache so small then (see `curves.sample`).
+
+Above, `*state` stands for the arrays of `setup` under names of the policy's own. Keyword arguments of `setup`
 are the policy's parameters, their defaults stand there and nowhere else, and `--policy lru:small=0.2` sets
 them; `setup` raises UsageError for a value that cannot be. The driver promises:
 
@@ -118,6 +121,7 @@ class Policy:
         given: the parameters that were set.
         class_name: of the class that was decorated.
         uses: blocks are placed at their `uses`-th use only (`second-touch`); 1 places always.
+        places: its function of that name, if it has one.
     """
 
     name: str
@@ -138,6 +142,7 @@ class Policy:
     given: dict[str, Any] = field(default_factory=dict)
     class_name: str = ""
     uses: int = 1
+    places: Callable[..., bool] | None = None
 
     @property
     def removable(self) -> bool:
@@ -151,6 +156,10 @@ class Policy:
         return (
             own if self.uses == 1 else f"{own}+{SECOND_TOUCH}" + _spelled({"uses": self.uses} if self.uses > 2 else {})
         )
+
+    def places_at(self, capacity: int) -> bool:
+        """Whether it places any block in so many, in `object` semantics, where not all fit."""
+        return self.places is None or bool(self.places(capacity, **self.defaults | self.given))
 
     def state(self, stream: Stream, capacity: int) -> tuple[npt.NDArray[Any], ...]:
         """The arrays for one run. Raises UsageError for a parameter that cannot be, KvtraceError when `setup` returns
@@ -203,15 +212,17 @@ def policy(
         paper: where the rule comes from.
         needs_future, open_loop, in_order, by_last_use, semantics, stand_in: see `Policy`.
 
-    Raises UsageError when the class does not have the functions that the module's docstring lists.
+    Raises UsageError when the class does not have the functions that the module's docstring lists, or has the name of a
+    built-in one.
     """
 
     def register(cls: T) -> T:
-        parts = {part: vars(cls).get(part) for part in ("setup", *LEADING)}
+        parts = {part: vars(cls).get(part) for part in ("setup", "places", *LEADING)}
         functions = {part: getattr(f, "__func__", f) for part, f in parts.items() if f is not None}
         setup = functions.pop("setup", None)
         if setup is None:
             raise UsageError(f"policy {name!r} lacks the function 'setup'")
+        places = functions.pop("places", None)
         n_state = _check_functions(name, functions)
         tag_type = _make_tag(name, cls)
         entry = Policy(
@@ -231,7 +242,11 @@ def policy(
             stand_in=dict(stand_in or {}),
             defaults=_defaults(name, setup),
             class_name=cls.__name__,
+            places=places,
         )
+        ours, known = __name__.rpartition(".")[0], _policies.get(name)
+        if known is not None and type(known.tag).__module__.startswith(ours) and not cls.__module__.startswith(ours):
+            raise UsageError(f"policy {name!r} of {cls.__module__}: kvtrace has one of that name; choose another")
         _policies[name] = entry
         _by_tag[tag_type] = entry
         return cls
@@ -388,7 +403,7 @@ def load_policy_file(path: str | Path) -> list[str]:
         source = file.read_bytes()
     except OSError as error:
         raise UsageError(f"cannot read the policy file {file}: {error.strerror}") from error
-    _load_all()  # so that a user's policy may take the place of one of ours, never the other way round
+    _load_all()  # the names that are taken
     module_name = f"kvtrace_policy_{hashlib.sha256(source).hexdigest()[:16]}"
     if module_name not in sys.modules:
         spec = importlib.util.spec_from_file_location(module_name, file)

@@ -78,7 +78,8 @@ class S3Fifo:
         counters[SMALL_LIMIT] = max(1, small_blocks)
         counters[MAIN_LIMIT] = capacity - small_blocks
         counters[THRESHOLD] = threshold
-        counters[PLACES] = stream.semantics != "object" or small_blocks > 1 or capacity >= stream.n_identities
+        strict = stream.semantics == "object" and capacity < stream.n_identities
+        counters[PLACES] = not strict or S3Fifo.places(capacity, small)
         rings, slots = new_rings(3, capacity, stream.n_identities, stream.removes)
         return (
             counters,
@@ -88,6 +89,10 @@ class S3Fifo:
             new_ghosts(stream.n_identities, int(capacity * ghost)),
             np.zeros((stream.n_identities, 1), np.int32),
         )
+
+    @staticmethod
+    def places(capacity: int, small: float, **_: float) -> bool:
+        return int(capacity * small) > 1
 
     @staticmethod
     def admit(

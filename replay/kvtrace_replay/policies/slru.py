@@ -83,9 +83,13 @@ class Slru:
         counters = np.zeros(FIRST + segments, np.int64)
         counters[LIMIT] = capacity // segments
         strict = stream.semantics == "object" and capacity < stream.n_identities
-        counters[PLACES] = not strict or counters[LIMIT] > 0
+        counters[PLACES] = not strict or Slru.places(capacity, segments)
         counters[SHEDS] = strict and capacity % segments > 0
         return new_lists(stream.n_identities, segments), np.zeros(stream.n_identities, np.uint8), counters
+
+    @staticmethod
+    def places(capacity: int, segments: int) -> bool:
+        return capacity >= segments
 
     @staticmethod
     def expire(now: int, pins: I32, links: Links, level: U8, counters: I64) -> int:

@@ -69,7 +69,8 @@ class TwoQ:
             raise UsageError(f"2q: a_out={a_out} must lie between 0 and 100")
         counters = np.zeros(7, np.int64)
         counters[LIMIT] = int(capacity * a_in)
-        counters[PLACES] = stream.semantics != "object" or counters[LIMIT] > 0 or capacity >= stream.n_identities
+        strict = stream.semantics == "object" and capacity < stream.n_identities
+        counters[PLACES] = not strict or TwoQ.places(capacity, a_in)
         return (
             counters,
             np.zeros(stream.n_identities, np.uint8),
@@ -84,6 +85,10 @@ class TwoQ:
         counters: I64, where: U8, links: Links, rings: I32, slots: I32, ghosts: I32,
     ) -> bool:  # fmt: skip
         return counters[PLACES] != 0
+
+    @staticmethod
+    def places(capacity: int, a_in: float, **_: float) -> bool:
+        return int(capacity * a_in) > 0
 
     @staticmethod
     def insert(key: int, now: int, counters: I64, where: U8, links: Links, rings: I32, slots: I32, ghosts: I32) -> None:

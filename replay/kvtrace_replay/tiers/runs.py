@@ -13,7 +13,9 @@ from numba.core.errors import NumbaError
 
 from kvtrace_replay.cache.prepare import Prepared, prepare, too_small
 from kvtrace_replay.cache.runs import UNUSED
+from kvtrace_replay.cache.totals import IMPOSSIBLE, ratio_of
 from kvtrace_replay.capacity import parse_capacity
+from kvtrace_replay.policies.refusal import reason
 from kvtrace_replay.policies.registry import MAX_STATE, Policy, find_policy
 from kvtrace_replay.tiers import words
 from kvtrace_replay.tiers.driver import tiers_driver
@@ -195,10 +197,8 @@ def _compile(levels: list[_Level], args: tuple[Any, ...]) -> None:
     try:
         warm(tiers_driver, args)
     except NumbaError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        first_line = next((line for line in lines[1:] if "Error" in line or ": " in line), lines[0])
         names = ", ".join(sorted({repr(level.entry.name) for level in levels}))
-        raise KvtraceError(f"one of the policies {names} does not compile: {first_line}") from error
+        raise KvtraceError(f"one of the policies {names} does not compile: {reason(error)}") from error
 
 
 def _tier_row(
@@ -273,6 +273,7 @@ def _total_row(rows: list[Row], found: _Found | None) -> Row:
 
 def _finished(row: Row) -> Row:
     for kind in ("block", "token"):
-        hits, lookups = row[f"{kind}_hits"], row[f"{kind}_lookups"]
-        row[f"{kind}_hit_ratio"] = hits / lookups if lookups and hits is not None else None
+        row[f"{kind}_hit_ratio"] = ratio_of(row[f"{kind}_hits"], row[f"{kind}_lookups"])
+    if row["token_hits"] is not None and row["token_hits"] > row["token_lookups"]:
+        row["why"] = IMPOSSIBLE
     return {name: row[name] for name in _COLUMNS}

@@ -21,6 +21,7 @@ from kvtrace_replay.workload.carried import NOTHING, carried_state
 from kvtrace_replay.workload.model import Workload
 from kvtrace_traces.compile import njit
 from kvtrace_traces.errors import KvtraceError, UsageError
+from kvtrace_traces.schema import MAX_BLOCK_TOKENS
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
@@ -190,8 +191,10 @@ def _stride(size: int, granule: int) -> int:
         examples = ", ".join(str(granule * k) for k in (1, 2, 3, 4))
         raise UsageError(
             f"block size {size} is no multiple of the trace's granule of {granule} tokens: possible are "
-            f"{examples}, ... (a finer one must be chosen while recording, --granule)"
+            f"{examples}, ... (a finer granule is for `kvtrace record` or, of texts and tokens, `import`: --granule)"
         )
+    if size > MAX_BLOCK_TOKENS:
+        raise UsageError(f"block size {size} is too large: at most {MAX_BLOCK_TOKENS:,} tokens")
     return int(size) // granule
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import shlex
 import stat
 import subprocess
 import sys
@@ -160,3 +161,26 @@ def test_colour_only_on_a_terminal(env: dict[str, str], coloured: bool, thrash: 
 
 def test_no_colour_in_a_pipe(kvtrace_cli: Callable[..., Any], thrash: Path) -> None:
     assert "\x1b" not in kvtrace_cli("sql", thrash, "SELECT 1 AS a").out
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "export csv IN -o OUT", "cut IN --requests 0-5 -o OUT", "report IN -o OUT", "simulate IN -o OUT",
+        "replay IN --parquet OUT", "stats IN --parquet OUT", "sql IN 'SELECT 1' --parquet OUT",
+        "diff IN IN --parquet OUT",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("force", [(), ("--force",)])
+def test_the_input_is_never_overwritten(
+    kvtrace_cli: Callable[..., Any], thrash: Path, tmp_path: Path, command: str, force: tuple[str, ...]
+) -> None:
+    source, link = tmp_path / "run.kvt", tmp_path / "link.kvt"
+    source.write_bytes(thrash.read_bytes())
+    link.symlink_to(source)
+    words = [{"IN": str(source), "OUT": str(link)}.get(word, word) for word in shlex.split(command)]
+    done = kvtrace_cli(*words, *force)
+    assert done.code == 2
+    assert "link.kvt is what is read: give the output another name" in done.err
+    assert source.read_bytes() == thrash.read_bytes()
+    assert link.is_symlink()

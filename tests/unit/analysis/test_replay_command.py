@@ -150,3 +150,20 @@ def test_a_mooncake_file_as_it_is_gives_the_table_of_its_import(
     done = kvtrace_cli("replay", path, *grid)
     assert done.code == 1
     assert "trace.jsonl, line 7: input_length is -1" in done.err
+
+
+def test_more_tokens_hit_than_there_are_have_no_ratio(kvtrace_cli: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "short.jsonl").write_text(
+        '{"timestamp": 0, "input_length": 100, "output_length": 5, "hash_ids": [1, 2, 3, 4]}\n' * 3
+    )
+    assert kvtrace_cli("import", "mooncake", tmp_path / "short.jsonl", "-o", tmp_path / "short.kvt").code == 0
+    for command in (("replay",), ("replay", "--tier", "hbm:10", "--tier", "dram:20"), ("curve",)):
+        capacity = () if "--tier" in command else ("--capacity", "10")
+        done = kvtrace_cli(*command, *capacity, tmp_path / "short.kvt", "--json")
+        assert done.code == 0, done.err
+        row = json.loads(done.out)[-1]
+        assert row["token_hits"] > row["token_lookups"] == 300
+        assert row["token_hit_ratio"] is None
+        assert row["block_hit_ratio"] == 8 / 12
+        assert row["why"].startswith("more tokens were hit than looked up")
+        assert row["why"] in done.err

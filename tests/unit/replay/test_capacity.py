@@ -41,6 +41,12 @@ def test_what_is_not_a_capacity_names_the_fix(text: object) -> None:
         parse_capacity(text, WORKLOAD)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("text", ["1e300", "99999999999999999999", str(2**53), 10**30, 1e300, "9e18tok"])
+def test_what_no_machine_holds(text: str | int | float) -> None:
+    with pytest.raises(UsageError, match="is too large: at most 9,007,199,254,740,991 blocks, or inf"):
+        parse_capacity(text, WORKLOAD)
+
+
 def test_a_share_is_exact() -> None:
     workload = make_workload([list(range(100))])
     assert [parse_capacity(f"{p}%", workload) for p in range(1, 101)] == list(range(1, 101))

@@ -218,6 +218,21 @@ def test_capacities_too_small_for_the_sample_say_so() -> None:
     assert frame.schema == SAMPLE_SCHEMA
 
 
+@pytest.mark.parametrize(
+    ("policy", "least"), [("s3fifo", 20), ("2q", 4), ("slru", 4), ("slru:segments=6", 6), ("lru", 1)]
+)
+def test_a_scaled_cache_that_places_nothing_tells_nothing(policy: str, least: int) -> None:
+    workload = make_workload(zipf(60_000, 8_000, 0.8, 1).reshape(-1, 10).tolist())
+    sampled = Sampled(workload, policy, "object", 0.1)
+    frame = sampled.at([least * 10 - 10, least * 10, least * 20])
+    exact = Exact(workload, policy, "object").at([least * 10, least * 20])["block_hit_ratio"]
+    assert frame["block_hit_ratio"].is_null().to_list() == [True, False, False]
+    assert ("too few" in frame["why"][0]) == (policy != "lru")
+    assert frame["block_hit_ratio_error"].is_null().to_list() == [True, True, False]
+    assert frame["block_hit_ratio"][2] == pytest.approx(exact[1], abs=2 * frame["block_hit_ratio_error"][2])
+    assert sampled.default_points()[0] == least * 20
+
+
 def test_a_seed_draws_the_same_again() -> None:
     workload = chats(3000, 5)
     frames = [Sampled(workload, "lru", "prefix", 0.3, seed=seed).at([2000]) for seed in (1, 1, 2)]

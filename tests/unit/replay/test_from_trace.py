@@ -106,6 +106,12 @@ def test_a_block_size_off_the_granule_names_what_is_possible(size: Any) -> None:
         from_trace(fake_trace([[0]], prompt=[4]), size)
 
 
+@pytest.mark.parametrize("size", [1 << 25, 4 * 10**30])
+def test_a_block_size_that_no_cache_has(size: int) -> None:
+    with pytest.raises(UsageError, match="is too large: at most 16,777,216 tokens"):
+        from_trace(fake_trace([[0]], prompt=[4]), size)
+
+
 def test_requests_never_admitted_are_left_out() -> None:
     trace = fake_trace([[7], [3], [7]], prompt=[4, 4, 4], first=[None, 0, 1], finish=[None, 2, None])
     workload = from_trace(trace)

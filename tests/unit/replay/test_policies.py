@@ -11,6 +11,7 @@ import pytest
 
 from kvtrace_replay import load_policy_file, policy_docs, replay
 from kvtrace_replay.policies import Stream, find_policy, policies
+from kvtrace_replay.policies.lru import Lru
 from kvtrace_traces.errors import KvtraceError, UsageError
 from unit.replay.twins import make_workload
 
@@ -273,3 +274,33 @@ def test_the_projects_page_is_up_to_date() -> None:
         [sys.executable, "-m", "kvtrace_replay.policy_docs", "--check"], cwd=root, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_name_of_a_built_in_policy_is_taken(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"'lru'.* choose another"):
+        load_policy_file(write(tmp_path, "lru"))
+    assert find_policy("lru").setup is Lru.setup
+
+
+def test_an_edited_file_takes_its_own_place(tmp_path: Path) -> None:
+    load_policy_file(write(tmp_path, "edited"))
+    first = find_policy("edited")
+    load_policy_file(write(tmp_path, "edited", EVICT + "  # another"))
+    assert find_policy("edited").setup is not first.setup
+
+
+@pytest.mark.parametrize(
+    ("evict", "told"),
+    [
+        ("return nonsense(links)", "NameError: name 'nonsense' is not defined, in evict"),
+        ("return links.no_such_thing", r"Unknown attribute 'no_such_thing'.*, in evict, unclear\d\.py:1\d"),
+        ("return links[key, 3, 4]", r"cannot index .* with 3 indices.*, in evict, unclear\d\.py:1\d"),
+        ("pass", r"\(KVTRACE_DEBUG=1 shows where\)"),
+    ],
+)
+@pytest.mark.parametrize("semantics", ["object", "prefix"])
+def test_a_policy_that_does_not_compile_names_the_cause(tmp_path: Path, evict: str, told: str, semantics: str) -> None:
+    name = f"unclear{len(evict) % 10}"
+    load_policy_file(write(tmp_path, name, evict))
+    with pytest.raises(KvtraceError, match=f"'{name}' does not compile: .*{told}"):
+        replay(make_workload([[0], [1], [2]]), name, 1, semantics)

@@ -211,3 +211,31 @@ def test_unknown_formats_name_the_nearest() -> None:
     with pytest.raises(UsageError, match="did you mean oracle-general"):
         exporters.run("oraclegeneral", None, "out")
     assert {"csv", "mooncake", "oracle-general", "parquet"} <= set(exporters.formats())
+
+
+@pytest.mark.parametrize("format", ["mooncake", "csv", "oracle-general"])
+def test_lengths_alone_are_no_references(tmp_path: Path, format: str) -> None:
+    lengths = imported("azure", "TIMESTAMP,ContextTokens,GeneratedTokens\n5,1,1\n", tmp_path)
+    with pytest.raises(KvtraceError, match=r"times and lengths alone \(azure\)"):
+        exporters.run(format, lengths, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("format", ["mooncake", "csv", "oracle-general", "parquet", "perfetto"])
+def test_the_trace_itself_is_never_the_output(tmp_path: Path, format: str) -> None:
+    kept = tmp_path / "kept.kvt"
+    kept.write_bytes(SAMPLE.read_bytes())
+    (tmp_path / "link.kvt").symlink_to(kept)
+    for trace in (open_trace(kept), open_trace(tmp_path)):
+        for out in (kept, tmp_path / "link.kvt"):
+            with pytest.raises(UsageError, match="is what is read"):
+                exporters.run(format, trace, out, force=True)
+    assert kept.read_bytes() == SAMPLE.read_bytes()
+
+
+def test_what_is_imported_is_never_the_output(tmp_path: Path) -> None:
+    source = tmp_path / "ids.txt"
+    source.write_text("1\n2\n")
+    with pytest.raises(UsageError, match="is what is read"):
+        importers.run("ids", source, source, force=True)
+    assert source.read_text() == "1\n2\n"

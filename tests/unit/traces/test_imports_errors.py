@@ -102,6 +102,7 @@ def test_a_bad_record_is_named_or_left_out(tmp_path: Path, format: str, line: by
             "line 3: Timestamp is 'soon', neither",
         ),
         ("ids", "1\n1\n-5\n", "line 3: -5 is not between 0 and 2^64-1"),
+        ("ids", "1\n1\na\rb\n", "line 3: a carriage return stands within it"),
     ],
 )
 def test_a_bad_line_of_a_table(tmp_path: Path, format: str, data: str, reason: str) -> None:

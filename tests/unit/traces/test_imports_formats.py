@@ -432,3 +432,10 @@ def test_progress_goes_up_and_ends_once(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(told) > 5
     assert told[-1] == (20_000, 20_000)
     assert {total for _, total in told} == {20_000}
+
+
+@pytest.mark.parametrize("format", ["ids", "csv", "mooncake"])
+def test_a_byte_order_mark_is_no_part_of_an_id(tmp_path: Path, format: str) -> None:
+    data = {"ids": "1\n2\n1\n", "csv": "id\n1\n2\n1\n", "mooncake": '{"input_length": 5, "hash_ids": [1]}\n'}[format]
+    marked = imported(format, "\ufeff" + data, tmp_path)
+    assert requests_of(marked) == requests_of(imported(format, data, tmp_path))

@@ -231,3 +231,13 @@ def test_tables_are_what_the_schema_says(tmp_path: Path, small: bytes) -> None:
     for name in (*TABLES, "step_spans", "losses"):
         assert dict(getattr(trace, name).schema) == tables.schema(name)
     assert sum(s["steps"] for s in rows(trace, "step_spans")) == trace.step_requests.height
+
+
+def test_a_file_named_like_a_segment_is_another_log(tmp_path: Path, small: bytes) -> None:
+    (tmp_path / "run.kvt").write_bytes(small)
+    generate.write(LONG, tmp_path / "run.1")
+    trace = open_trace(tmp_path / "run.kvt")
+    assert len(trace.engines) == 1
+    assert trace.warnings == ["run.1.kvt beside it is of another run, and left out"]
+    assert_same(trace, slow_reader.read([small]))
+    assert len(open_trace(tmp_path).engines) == 2

@@ -225,6 +225,8 @@ def test_a_bound_is_never_exceeded(tmp_path: Path, bodies: list[tuple[int, bytes
     trace = open_trace(tmp_path)
     assert trace.losses["reason"].to_list() == ["max-bytes"]
     assert not trace.damaged_frames
+    assert not trace.complete
+    assert not trace.warnings  # the loss says why there is no end
     assert stated(trace) + trace.dropped == events_of(bodies[: taken + 1])
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvtrace_traces.errors import UsageError
+from kvtrace_traces.outputs import refuse_input
 
 Writer = Callable[..., dict[str, Any]]
 
@@ -52,4 +53,5 @@ def run(format: str, trace: Any, out: str | Path, force: bool = False, **options
     out = Path(out)
     if not out.parent.is_dir():
         raise UsageError(f"there is no folder {out.parent}")
+    refuse_input(out, [Path(trace.path)])
     return known[format].write(trace, out, force, **options)

@@ -30,11 +30,15 @@ def references(trace: Any) -> References:
 
     An import's ids are those of its file. A recorded trace's are numbers from 0 in order of first use (its own are
     64-bit hashes, which many tools cannot hold), of the whole blocks of prompts: what its requests looked up. Raises
-    :class:`UsageError` for a trace of several engines.
+    :class:`UsageError` for a trace of several engines, :class:`KvtraceError` for one of lengths alone.
     """
     if len(trace.engines) != 1:
         raise UsageError(f"{trace.path} holds {len(trace.engines)} engines: export one file at a time")
     header = trace.header
+    if header.get("reuse_known") is False:
+        raise KvtraceError(
+            f"{trace.path} has times and lengths alone ({header.get('format')}): it has no references to export"
+        )
     size, granule = int(header["block_size"]), int(header["granule"])
     stride = max(1, size // granule)
     frame, chains = trace.requests, trace.chains()

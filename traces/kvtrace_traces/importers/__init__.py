@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from kvtrace_traces.errors import KvtraceError, UsageError
 from kvtrace_traces.importers.batches import Piece
 from kvtrace_traces.importers.source import Options, Progress, Source
+from kvtrace_traces.outputs import refuse_input
 
 __all__ = ["Importer", "Options", "Source", "formats", "importer", "run"]
 
@@ -135,7 +136,10 @@ def source_of(
     _check_options(chosen, options)
     if out is not None and out.exists() and (out.is_dir() or not force):
         raise UsageError(f"{out} exists: " + ("give a file name" if out.is_dir() else "--force replaces it"))
-    source = Source(src, _files(chosen, src), options, progress)
+    files = _files(chosen, src)
+    if out is not None:
+        refuse_input(out, files)
+    source = Source(src, files, options, progress)
     source.granule = chosen.granule(source)
     source.rewind()
     return chosen, source

@@ -12,8 +12,8 @@ from kvtrace_traces.importers.batches import MAX_ID, MAX_TOKENS, UNKNOWN, Bad, R
 from kvtrace_traces.importers.columns import MOST_NS
 from kvtrace_traces.importers.json_lines import parse
 from kvtrace_traces.importers.source import LOOK_BYTES, Lines, Source
+from kvtrace_traces.schema import MAX_BLOCK_TOKENS
 
-MAX_BLOCK_TOKENS = 1 << 24
 UNITS = {0: "nanoseconds", 3: "microseconds", 6: "milliseconds", 9: "seconds"}
 _EXACT = Context(prec=60)
 _SHOWN = 60  # characters of a wrong value in a message

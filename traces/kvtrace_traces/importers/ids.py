@@ -6,6 +6,7 @@ An id is a whole number from 0 to 2^64-1, or any other text, of which a 64-bit h
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from hashlib import blake2b
 
@@ -41,7 +42,10 @@ def identity_of(text: bytes) -> int:
 
 def _careful(lines: Lines, number: int, line: bytes) -> tuple[int, int] | Bad:
     try:
-        return identity_of(line.strip()), -1
+        text = line.removeprefix(BOM_UTF8).strip() if number == 1 else line.strip()
+        if b"\r" in text:
+            raise ValueError("a carriage return stands within it: end lines with a line feed")
+        return identity_of(text), -1
     except ValueError as error:
         return Bad(lines.file, number, str(error))
 

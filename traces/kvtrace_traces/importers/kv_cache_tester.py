@@ -22,8 +22,9 @@ from kvtrace_traces.importers import importer
 from kvtrace_traces.importers.batches import UNKNOWN, Bad, Piece, Record, gathered
 from kvtrace_traces.importers.columns import SECONDS
 from kvtrace_traces.importers.documents import documents
-from kvtrace_traces.importers.fields import MAX_BLOCK_TOKENS, checked_ids, ids_of, nanoseconds, shown, tokens_of
+from kvtrace_traces.importers.fields import checked_ids, ids_of, nanoseconds, shown, tokens_of
 from kvtrace_traces.importers.source import Source
+from kvtrace_traces.schema import MAX_BLOCK_TOKENS
 
 BLOCK_TOKENS = 64
 MAX_NESTING = 32

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from numba.core.errors import NumbaError
 
+from kvtrace_replay.policies.refusal import reason
 from kvtrace_replay.policies.registry import MAX_STATE, find_policy
 from kvtrace_replay.policies.stream import Stream
 from kvtrace_replay.schedulers.recorded import Recorded
@@ -102,9 +103,7 @@ def compile_for(recorded: Recorded, settings: Settings) -> None:
     except NumbaError as error:
         if settings.policy == NATIVE:
             raise
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = next((line for line in lines[1:] if "Error" in line or ": " in line), lines[0])
-        raise KvtraceError(f"policy {settings.policy!r} does not compile: {reason}") from error
+        raise KvtraceError(f"policy {settings.policy!r} does not compile: {reason(error)}") from error
 
 
 def _kernel(settings: Settings) -> Any:
