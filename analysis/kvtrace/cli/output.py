@@ -175,7 +175,9 @@ def refuse_to_overwrite(path: Path, force: bool) -> None:
 
 
 def _arguments() -> Iterator[Path]:
-    """The files and folders among the arguments of the command that is run, which are what it reads."""
+    """The files, and folders of traces, among the arguments of the command that is run: what it reads."""
+    from kvtrace.cli.traces import TRACE  # which imports this module
+
     context = click.get_current_context(silent=True)
     if context is None:
         return
@@ -183,11 +185,8 @@ def _arguments() -> Iterator[Path]:
         value = context.params.get(parameter.name or "")
         if isinstance(parameter, click.Argument) and value is not None:
             for one in value if isinstance(value, tuple) else (value,):
-                try:
-                    if os.path.exists(one):
-                        yield Path(one)
-                except ValueError:  # no name of a file
-                    continue
+                if os.path.isfile(one) or (parameter.type is TRACE and os.path.isdir(one)):
+                    yield Path(one)
 
 
 @contextmanager

@@ -184,3 +184,17 @@ def test_the_input_is_never_overwritten(
     assert "link.kvt is what is read: give the output another name" in done.err
     assert source.read_bytes() == thrash.read_bytes()
     assert link.is_symlink()
+
+
+def test_outputs_among_the_inputs_are_replaced(kvtrace_cli: Callable[..., Any], thrash: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.kvt").write_bytes(thrash.read_bytes())
+    for command in (("report", tmp_path, "-o"), ("stats", tmp_path, "--parquet")):
+        assert kvtrace_cli(*command, tmp_path / command[0]).code == 0
+        assert kvtrace_cli(*command, tmp_path / command[0], "--force").code == 0
+    done = kvtrace_cli("cut", tmp_path, "--requests", "0-5", "-o", tmp_path / "run.kvt", "--force")
+    assert done.code == 2
+    (tmp_path / "talks").mkdir()
+    (tmp_path / "talks" / "a.json").write_text('{"id": 1, "requests": [{"t": 0, "in": 5, "hash_ids": [1]}]}')
+    for force in ((), ("--force",)):
+        done = kvtrace_cli("import", "kv-cache-tester", tmp_path / "talks", "-o", tmp_path / "talks" / "a.kvt", *force)
+        assert done.code == 0, done.err

@@ -15,6 +15,7 @@ from importing import column, imported, requests_of
 
 from kvtrace_traces import KvtraceError, UsageError, exporters, importers, open_trace
 from kvtrace_traces.importers.batches import MAX_ID
+from kvtrace_traces.outputs import refuse_input
 
 ROOT = Path(__file__).parents[3]
 SAMPLE = ROOT / "traces/samples/thrash.kvt"
@@ -231,6 +232,12 @@ def test_the_trace_itself_is_never_the_output(tmp_path: Path, format: str) -> No
             with pytest.raises(UsageError, match="is what is read"):
                 exporters.run(format, trace, out, force=True)
     assert kept.read_bytes() == SAMPLE.read_bytes()
+    (tmp_path / "kept.1.kvt").write_text("a further segment, as far as the name goes")
+    with pytest.raises(UsageError, match="is what is read"):
+        refuse_input(tmp_path / "kept.1.kvt", [kept])
+    refuse_input(tmp_path / "kept.1.kvt", [tmp_path / "keep.kvt", tmp_path / "kept.jsonl"])
+    (tmp_path / "kept.old.kvt").write_text("no segment")
+    refuse_input(tmp_path / "kept.old.kvt", [kept])
 
 
 def test_what_is_imported_is_never_the_output(tmp_path: Path) -> None:
