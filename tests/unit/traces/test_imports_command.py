@@ -66,11 +66,16 @@ def test_bad_records_times_that_run_backwards_and_names_of_columns() -> None:
 def test_there_and_back(format: str) -> None:
     Path("m.jsonl").write_text('{"timestamp": 2000, "input_length": 700, "output_length": 9, "hash_ids": [1, 2]}\n' * 3)
     assert kvtrace("import", "mooncake", "m.jsonl", "-o", "m.kvt")[0] == 0
-    assert kvtrace("export", format, "m.kvt", "-o", "out") == (0, "kvtrace: wrote out\n")
+    code, said = kvtrace("export", format, "m.kvt", "-o", "out")
+    assert (code, said.splitlines()[0]) == (0, "kvtrace: wrote out")
+    *_, hint = said.splitlines()
+    assert hint.endswith("kvtrace import csv out --block-size 512") == (format == "csv")
+    size = hint.split()[-2:] if format == "csv" else []
     assert kvtrace("export", format, "m.kvt", "-o", "out")[0] == 2
-    code, said = kvtrace("import", format, "out", "-o", "again.kvt")
+    code, said = kvtrace("import", format, "out", "-o", "again.kvt", *size)
     assert code == 0
     assert "references 6" in said
+    assert ("block size 512" in said) == (format != "oracle-general")
 
 
 def test_every_format_is_in_the_help() -> None:
