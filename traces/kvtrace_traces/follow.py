@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from kvtrace_traces import wire
 from kvtrace_traces.errors import KvtraceError
+from kvtrace_traces.files import logs_of
 
 CHUNK_BYTES = 1 << 18
 MAX_BLOCKS = 1 << 27
@@ -246,7 +247,7 @@ class Follower:
         if not self.path.exists():
             raise KvtraceError(f"{self.path} does not exist")
         folder = self.path.is_dir()
-        for path in sorted(self.path.glob("*.kvt")) if folder else self._segments():
+        for path in logs_of(self.path):
             if path in self._known:
                 continue
             try:
@@ -262,15 +263,12 @@ class Follower:
             self._known.add(path)
             run = str(header.get("run_id", path))
             if run not in self._runs:
+                if self._runs and not folder:
+                    self.notes.append(f"{path.name} beside it is of another run, and left out")
+                    continue
                 self._runs[run] = Log(header)
                 self.logs.append(self._runs[run])
             self._runs[run].add(int(header.get("segment", 0)), path)
-
-    def _segments(self) -> list[Path]:
-        files, stem = [self.path], self.path.name.removesuffix(".kvt")
-        while (following := self.path.with_name(f"{stem}.{len(files)}.kvt")).is_file():
-            files.append(following)
-        return files
 
     def close(self) -> None:
         """Let go of all files."""

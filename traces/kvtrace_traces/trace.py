@@ -14,6 +14,7 @@ import polars as pl
 from kvtrace_traces import rows, tables
 from kvtrace_traces.engine_log import Chains, Decoded, EngineLog
 from kvtrace_traces.errors import KvtraceError, UsageError
+from kvtrace_traces.files import logs_of
 from kvtrace_traces.play import Events
 from kvtrace_traces.schema import FINISH_REASONS, LOSS_REASONS, REQUEST_NO_READ
 from kvtrace_traces.segments import Segment, never_begun, open_segment
@@ -35,14 +36,11 @@ def open_trace(path: str | Path, recover: str = "tail") -> Trace:
     if recover not in RECOVERY:
         raise UsageError(f"recover={recover!r} is none of {', '.join(RECOVERY)}")
     path = Path(path)
-    if path.is_dir():
-        files = sorted(p for p in path.glob("*.kvt") if p.is_file())
-        if not files:
-            raise KvtraceError(f"{path} holds no .kvt file: record one with `kvtrace record -o {path} -- COMMAND`")
-    elif path.exists():
-        files = _with_segments(path)
-    else:
+    if not path.exists():
         raise KvtraceError(f"{path} does not exist")
+    files = logs_of(path)
+    if not files:
+        raise KvtraceError(f"{path} holds no .kvt file: record one with `kvtrace record -o {path} -- COMMAND`")
     runs: dict[str, list[Segment]] = defaultdict(list)
     begun = [file for file in files if not never_begun(file)] or files
     others: list[Path] = []
@@ -57,15 +55,6 @@ def open_trace(path: str | Path, recover: str = "tail") -> Trace:
     trace.warnings += [f"{file.name} was made ready and never written to" for file in files if file not in begun]
     trace.warnings += [f"{file.name} beside it is of another run, and left out" for file in others]
     return trace
-
-
-def _with_segments(path: Path) -> list[Path]:
-    """A file and, where it is the first of a rotated log, the segments beside it."""
-    files = [path]
-    stem = path.name.removesuffix(".kvt")
-    while (following := path.with_name(f"{stem}.{len(files)}.kvt")).is_file():
-        files.append(following)
-    return files
 
 
 class Trace:

@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 import click
 
 from kvtrace_traces.errors import KvtraceError, UsageError
-from kvtrace_traces.outputs import refuse_input
+from kvtrace_traces.files import refuse_input
 
 if TYPE_CHECKING:
     import polars as pl

@@ -246,7 +246,7 @@ def policy(
         )
         ours, known = __name__.rpartition(".")[0], _policies.get(name)
         if known is not None and type(known.tag).__module__.startswith(ours) and not cls.__module__.startswith(ours):
-            raise UsageError(f"policy {name!r} of {cls.__module__}: kvtrace has one of that name; choose another")
+            raise UsageError(f"policy {name!r}: kvtrace has one of that name, choose another")
         _policies[name] = entry
         _by_tag[tag_type] = entry
         return cls

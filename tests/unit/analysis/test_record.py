@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from kvtrace.cli.record import ByteCount, environment
+from kvtrace.cli.record import ByteCount, _summary, environment
 
 SHOW = "import os, json; print(json.dumps({k: v for k, v in os.environ.items() if k[:4] in ('KVTR', 'VLLM')}))"
 
@@ -188,3 +188,14 @@ def test_no_zombie_wait(tmp_path: Path) -> None:
     begin = time.monotonic()
     record(tmp_path, "true")
     assert time.monotonic() - begin < 5
+
+
+def test_what_was_recorded_says_whether_it_is_whole(thrash: Path, tmp_path: Path) -> None:
+    assert _summary(thrash).startswith("192 requests, 1,245 steps, ")
+    assert "end record" not in _summary(thrash)
+    (tmp_path / "killed.kvt").write_bytes(thrash.read_bytes()[:40_000])
+    assert _summary(tmp_path / "killed.kvt").endswith(", no end record: its engine was killed, or is still running")
+    damaged = bytearray(thrash.read_bytes())
+    damaged[40_000] ^= 1
+    (tmp_path / "damaged.kvt").write_bytes(damaged)
+    assert _summary(tmp_path / "damaged.kvt").endswith(", incomplete: damage")

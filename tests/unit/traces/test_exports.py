@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from importing import column, imported, requests_of
 
 from kvtrace_traces import KvtraceError, UsageError, exporters, importers, open_trace
+from kvtrace_traces.files import refuse_input
 from kvtrace_traces.importers.batches import MAX_ID
-from kvtrace_traces.outputs import refuse_input
 
 ROOT = Path(__file__).parents[3]
 SAMPLE = ROOT / "traces/samples/thrash.kvt"

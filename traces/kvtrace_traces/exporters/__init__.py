@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvtrace_traces.errors import UsageError
-from kvtrace_traces.outputs import refuse_input
+from kvtrace_traces.files import refuse_input
 
 Writer = Callable[..., dict[str, Any]]
 

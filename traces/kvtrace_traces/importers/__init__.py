@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvtrace_traces.errors import KvtraceError, UsageError
+from kvtrace_traces.files import refuse_input
 from kvtrace_traces.importers.batches import Piece
 from kvtrace_traces.importers.source import Options, Progress, Source
-from kvtrace_traces.outputs import refuse_input
 
 __all__ = ["Importer", "Options", "Source", "formats", "importer", "run"]
 
